@@ -1,0 +1,21 @@
+# SPDX-FileCopyrightText: Capstan contributors
+# SPDX-License-Identifier: Apache-2.0
+# Debian 12 packages (tools/packages.txt) by find_package or pkg-config; LibTorch by CapstanTorch.cmake.
+find_package(PkgConfig REQUIRED)
+find_package(Threads REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(fmt REQUIRED)
+find_package(yaml-cpp REQUIRED)
+find_package(nlohmann_json 3.11 REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(ZLIB REQUIRED)
+pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+pkg_check_modules(ZSTD REQUIRED IMPORTED_TARGET libzstd)
+pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
+find_path(CAPSTAN_PROTOZERO_INCLUDE_DIR protozero/pbf_writer.hpp REQUIRED)
+find_path(CAPSTAN_UTF8PROC_INCLUDE_DIR utf8proc.h REQUIRED)
+find_library(CAPSTAN_UTF8PROC_LIBRARY utf8proc REQUIRED)
+if(CAPSTAN_BUILD_TESTS)
+  find_package(GTest REQUIRED)
+endif()
+include(CapstanTorch)

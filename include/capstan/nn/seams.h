@@ -1,0 +1,70 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Seams: the places where a layout cuts into the computation. The base class is the one-device
+// form; parallel derives the tensor, sequence, context and expert parallel ones. Local sizes come
+// from the tensors. Legend: B samples, T tokens of a row, D hidden, O output features, N query
+// heads, K key/value heads, H head size.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "capstan/param/context.h"
+#include "capstan/param/param.h"
+
+namespace capstan::nn {
+
+using at::Tensor;
+using param::Context;
+using param::Param;
+using param::Projection;
+
+struct AttentionSpec {
+  double scale = 0;                       // softmax(scale * q k^T)
+  std::optional<int64_t> sliding_window;  // keys seen, own position included
+};
+
+struct AttentionInput {
+  int64_t query_heads = 0, key_value_heads = 0, head_size = 0;
+  double rope_theta = 10000.0;
+  int64_t max_positions = 0;
+  AttentionSpec spec;
+};
+
+// What is wanted for each target token. Targets of -100 are ignored: score 0, weight 0.
+struct ScoreRequest {
+  // Known token weights w [B, T] (loss scale included): the head computes sum_t w_t * loss_t and
+  // makes its gradient in the forward pass, so the backward seed must be 1. Undefined: per-token
+  // scores with an ordinary backward.
+  Tensor weights_BT;
+  bool entropy = false;
+};
+struct TokenScores {
+  Tensor logprob_BT;     // log p(target); fp32, or fp64 when compute is fp64. Differentiable unless
+                         // weights were given
+  Tensor entropy_BT;     // when asked for
+  Tensor weighted_loss;  // 0-d, differentiable, when weights were given
+};
+
+class Seams {
+ public:
+  virtual ~Seams() = default;
+  virtual Tensor embed(const Context& context, const Tensor& ids_BT, const Param& table_VD,
+                       at::ScalarType residual);
+  // Several projections share one gather of x. Returns one output [B, T, O] per projection.
+  virtual std::vector<Tensor> column(const Context& context, const Tensor& x_BTD,
+                                     std::span<const Projection> projections);
+  virtual Tensor row(const Context& context, const Tensor& y_BTO, const Projection& projection);
+  // qkv_BTX holds q, k, v side by side before RoPE ([N*H | K*H | K*H]); returns [B, T, N*H].
+  virtual Tensor attend(const Context& context, int layer, const Tensor& qkv_BTX,
+                        const AttentionInput& input);
+  virtual TokenScores score(const Context& context, const Tensor& hidden_BTD,
+                            const Projection& head, const Tensor& targets_BT,
+                            const ScoreRequest& request);
+  // Logits [..., V] of the whole vocabulary, without padding. No gradient.
+  virtual Tensor logits(const Context& context, const Tensor& hidden_BTD, const Projection& head);
+};
+
+}  // namespace capstan::nn

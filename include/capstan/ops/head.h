@@ -1,0 +1,49 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Language-model head and cross entropy together, so that logits exist for a chunk of tokens at a
+// time (plan::head_chunk_tokens) and are turned into their gradient in place. Rows of vocabulary
+// padding take no part. Legend: B samples, T tokens, N = B T, D hidden features, V vocabulary rows.
+#pragma once
+#include "capstan/ops/record.h"
+
+namespace capstan::ops {
+
+inline constexpr int64_t kIgnoreTarget = -100;
+
+struct HeadScores {
+  Tensor logprob_BT;  // log p(target), 0 at ignored targets; fp32, or fp64 when x is fp64
+  Tensor entropy_BT;  // of the predicted distribution, 0 at ignored targets; undefined unless asked
+                      // for
+};
+// Per-token scores with an ordinary backward, which makes the logits again.
+[[nodiscard]] HeadScores head_scores(const Tensor& x_BTD, const Projection& head,
+                                     const Tensor& targets_BT, bool entropy);
+
+struct WeightedLoss {
+  Tensor loss;        // 0-d: sum over targets of weight x -log p(target)
+  Tensor logprob_BT;  // not differentiable
+};
+// The loss for known token weights. When a gradient is wanted it is made here, in the forward: the
+// weight's is accumulated at once, that of x is kept. So the seed of the backward must be 1 and the
+// backward runs at most once (both checked), and a forward without a backward leaves its weight
+// gradient behind. Weights of ignored targets do not count.
+[[nodiscard]] WeightedLoss head_weighted_loss(const Tensor& x_BTD, const Projection& head,
+                                              const Tensor& targets_BT, const Tensor& weights_BT);
+
+// [..., V] without vocabulary padding. No gradient.
+[[nodiscard]] Tensor head_logits(const Tensor& x, const Projection& head);
+
+// Pieces for a vocabulary that is cut over ranks. Logits [N, V] are the local columns, `first` the
+// global number of column 0.
+struct LogitStats {
+  Tensor top_N;     // largest logit; -inf without columns
+  Tensor sum_N;     // sum of exp(logit - top)
+  Tensor picked_N;  // logit of the target, 0 when it is not among the columns
+};
+[[nodiscard]] LogitStats logit_stats(const Tensor& logits_NV, const Tensor& targets_N,
+                                     int64_t first);
+// In place: logits -> weight x (softmax - one_hot(target)), 0 for ignored targets.
+void logits_to_gradient_(const Tensor& logits_NV, const Tensor& lse_N, const Tensor& targets_N,
+                         const Tensor& weights_N, int64_t first);
+
+}  // namespace capstan::ops

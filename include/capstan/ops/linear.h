@@ -1,0 +1,28 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T + b for a projection: one weight, or several joined by rows (q,k,v; gate,up) in one
+// GEMM. The weight's gradient is multiplied straight into its GradSlot. Legend: D input features, O
+// output features (of all parts), N tokens.
+#pragma once
+#include "capstan/ops/record.h"
+
+namespace capstan::ops {
+
+// x [..., D] in compute dtype -> [..., O]. with_bias = false leaves the bias to a later add_bias
+// (row-parallel layers add it once, after their reduction).
+[[nodiscard]] Tensor linear(const Tensor& x, const Projection& projection, bool with_bias = true);
+// y + b; y is consumed (written in place). Returns y itself for a projection without bias.
+[[nodiscard]] Tensor add_bias(const Tensor& y, const Projection& projection);
+
+// Pieces for layers that place a collective between them. No autograd.
+[[nodiscard]] Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O);
+[[nodiscard]] Tensor linear_input_gradient(const Tensor& grad,
+                                           const Tensor& weight_OD);  // [..., D]
+// Hands grad^T x (and the column sums of grad for the bias) to the projection's store; it may run
+// later.
+void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
+                            bool with_bias);
+// slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree.
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND);
+
+}  // namespace capstan::ops

@@ -1,0 +1,53 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Optimizers work on shards of flat buffers and are found by optimizer.name, so a new one is a
+// class here and a value in the recipe's table.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "capstan/parallel/shard.h"
+#include "capstan/recipe/recipe.h"
+
+namespace capstan::optim {
+
+struct UpdateStep {
+  double lr = 0;
+  double gradient_scale =
+      1;              // clip factor / loss scale: the true gradient is this times the buffer
+  int64_t count = 1;  // number of this update, from 1; skipped steps do not count
+};
+
+// One state tensor of one shard, as long as the shard and laid out like it; padding is zero.
+struct OptimizerState {
+  std::string kind;  // "exp_avg"
+  size_t shard = 0;  // index into the shards the optimizer was made with
+  at::Tensor values;
+};
+
+class Optimizer {
+ public:
+  virtual ~Optimizer() = default;
+  // Updates master and copy of all shards. Padding stays zero.
+  virtual void step(const UpdateStep& step) = 0;
+  // Views of live storage, for checkpoints. Equal order for equal shards.
+  [[nodiscard]] virtual std::vector<OptimizerState> states() = 0;
+};
+
+// Frozen shards (without gradient) are not among `shards`.
+using OptimizerBuilder = std::function<std::unique_ptr<Optimizer>(
+    const recipe::Optimizer&, const std::vector<parallel::Shard>& shards)>;
+
+// Throws ConfigError naming what exists.
+[[nodiscard]] std::unique_ptr<Optimizer> make_optimizer(const recipe::Optimizer& recipe,
+                                                        const std::vector<parallel::Shard>& shards);
+// Replaces one of the same name. Thread-safe, as is make_optimizer.
+void register_optimizer(const std::string& name, OptimizerBuilder builder);
+[[nodiscard]] std::vector<std::string> optimizer_names();
+
+}  // namespace capstan::optim

@@ -1,0 +1,41 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// parallelize(): one rank's part of a model. Applies, in this order: stage split, tensor and
+// sequence, context, experts, recompute, flat storage and ZeRO.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "capstan/mesh/mesh.h"
+#include "capstan/nn/model.h"
+#include "capstan/parallel/flat_store.h"
+#include "capstan/parallel/gradient_buckets.h"
+#include "capstan/plan/plan.h"
+
+namespace capstan::parallel {
+
+// Consecutive blocks that run as one instruction.
+struct Chunk {
+  int stage = 0;
+  std::vector<int> blocks;  // ascending
+};
+
+// Move-only; the plan it was made from must outlive it.
+struct ParallelModel {
+  std::string name;  // in Plan::models
+  std::vector<Chunk> chunks;
+  std::unique_ptr<nn::Seams> seams;
+  std::vector<std::unique_ptr<FlatStore>> stores;  // in block order
+  std::vector<std::vector<int>> stores_of_block;   // whose values a block reads (tied head: two)
+  std::unique_ptr<GradientBuckets> buckets;
+  nn::Model model;
+
+  [[nodiscard]] param::Param find(const std::string& name) const;  // throws InternalError
+};
+
+// Weights are zero until FlatStore::initialize or a load. Collective over: world.
+[[nodiscard]] ParallelModel parallelize(const plan::Plan& plan, const std::string& model,
+                                        mesh::Mesh& mesh, BucketHooks hooks = {});
+
+}  // namespace capstan::parallel

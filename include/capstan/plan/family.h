@@ -1,0 +1,130 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Model families as data: the parameter table, FLOPs, activation bytes and Hugging Face names of a
+// shape. A family is a value in a registry, so users add their own. Torch-free; the layers
+// themselves live in nn.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "capstan/base/dtype.h"
+#include "capstan/plan/shape.h"
+
+namespace capstan::plan {
+
+using Shape = std::vector<int64_t>;
+[[nodiscard]] int64_t numel(const Shape& shape);
+
+struct Init {
+  enum class Kind { kZeros, kOnes, kNormal };
+  Kind kind = Kind::kNormal;
+  double deviation = 0.02;  // kNormal
+};
+
+// How a parameter is cut over an axis. kSplit: equal parts along `dim`, within each of `groups`
+// equal runs of rows (fused or grouped rows). `units`: the smallest thing that may not be cut
+// (key/value heads); 0 = single elements. kVocab: rows padded to a local multiple, then cut.
+struct ShardRule {
+  enum class Kind { kReplicate, kSplit, kVocab };
+  Kind kind = Kind::kReplicate;
+  int dim = 0;
+  int64_t groups = 1;
+  int64_t units = 0;
+};
+
+// Where a parameter acts decides its gradient sum (docs/architecture.md, gradients): on the
+// residual stream (norms, row biases) or on tensors that are split over the tensor axis (QK-norm,
+// column biases).
+enum class Site { kResidual, kSplit };
+
+// Where a shard may cut: anywhere; along rows of blocks (8-bit states); at parameter boundaries
+// (Muon).
+enum class UpdateKind { kElementwise, kRowBlock, kMatrix };
+
+struct ParamSpec {
+  std::string name;  // canonical = Hugging Face name; identity = (model, name)
+  Shape shape;       // global, unpadded
+  Init init;
+  bool decay = true;
+  int block = 0;
+  ShardRule tensor;
+  ShardRule expert;
+  Site site = Site::kResidual;
+  UpdateKind update = UpdateKind::kElementwise;
+  // Parameters with the same non-negative group within a block lie side by side in declared order
+  // (q,k,v; gate,up), so that one GEMM can read them together.
+  int fuse_group = -1;
+};
+
+// Forward FLOPs of one token, by part, with causal attention counted exactly for rows of
+// `sequence_length` (the mean number of keys a query sees; a sliding window caps it). Multiply-add
+// = 2. Training = 3 x forward.
+struct ForwardFlops {
+  double linear = 0;     // all matrix products with weights except the head
+  double attention = 0;  // scores and values
+  double head = 0;
+  [[nodiscard]] double total() const { return linear + attention + head; }
+};
+
+// Bytes that an allocation of `bytes` is counted as: our allocator has eight size classes per power
+// of two.
+[[nodiscard]] int64_t allocation_bytes(int64_t bytes);
+
+// What the activations of a pass cost per rank. Sizes are in bytes for `tokens` local tokens, each
+// tensor rounded by allocation_bytes.
+struct ActivationQuery {
+  int64_t tokens = 0;  // micro_samples x sequence_length on this rank
+  int64_t sequence_length = 0;
+  int64_t samples = 0;
+  DType compute = DType::kFp32;
+  DType residual = DType::kFp32;
+  DType gradients = DType::kFp32;
+  bool documents_separate = false;
+};
+// One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
+struct ActivationTerm {
+  // The first three are kept from forward to backward. Workspaces come in phases: what one phase
+  // holds is alive at once, and the largest phase counts.
+  enum class Part { kEmbedding, kLayer, kHead, kLayerWorkspace, kHeadWorkspace };
+  Part part = Part::kLayer;
+  int phase = 0;
+  std::string name;
+  int64_t bytes = 0;  // negative: saved before, free again in this phase
+};
+struct ActivationBytes {
+  int64_t saved_embedding = 0;  // kept from forward to backward by the embedding block
+  int64_t saved_per_layer = 0;  // by one decoder layer, its block input included
+  int64_t saved_head = 0;       // by the head, the gradient made in the forward included
+  int64_t layer_workspace =
+      0;  // transient peak on top of what is saved, forward or backward of one layer
+  int64_t head_workspace = 0;         // logits chunk and what it is multiplied into
+  std::vector<ActivationTerm> terms;  // what the sums are made of
+};
+
+struct FamilyDef {
+  std::string name;
+  std::function<std::vector<ParamSpec>(const ModelShape&)> param_table;
+  std::function<ForwardFlops(const ModelShape&, int64_t sequence_length)> forward_flops;
+  std::function<ActivationBytes(const ModelShape&, const ActivationQuery&)> activation_bytes;
+  // config.json of the family, and the Hugging Face architecture name ("LlamaForCausalLM").
+  std::string hf_architecture;
+  std::string hf_model_type;
+};
+
+[[nodiscard]] const FamilyDef& find_family(
+    const std::string& name);            // throws ConfigError naming what exists
+void register_family(FamilyDef family);  // replaces one of the same name
+[[nodiscard]] std::vector<std::string> family_names();
+[[nodiscard]] int64_t count_parameters(const std::vector<ParamSpec>& table);
+
+// How many tokens have their logits at a time in the head (nn and the memory report use the same
+// number).
+[[nodiscard]] int64_t head_chunk_tokens(int64_t vocab_size, int64_t tokens);
+
+// Hugging Face config.json text of a shape, and back (throws DataError listing what does not fit).
+[[nodiscard]] std::string to_hf_config(const ModelShape& shape, DType dtype);
+[[nodiscard]] ModelShape from_hf_config(const std::string& json_text, const std::string& origin);
+
+}  // namespace capstan::plan

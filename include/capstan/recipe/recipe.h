@@ -1,0 +1,177 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// The recipe as typed data. Field names are the recipe's keys; docs/recipes.md (generated) says
+// what each means. std::optional without a value stands for `auto` or `none`, whichever the key
+// has. Choices are kept in their spelling; validation guarantees that they are among the values of
+// this build (values.h).
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace capstan::recipe {
+
+struct Run {
+  std::string name;
+  std::optional<std::string> directory;  // auto = runs/<name>
+  std::optional<int64_t> steps;          // exactly one of steps, tokens
+  std::optional<int64_t> tokens;
+  int64_t seed = 1234;
+  std::string device = "auto";     // auto | cpu | cuda
+  std::optional<int64_t> threads;  // auto
+  bool deterministic = false;
+  double start_timeout_s = 600;
+  double step_timeout_s = 120;
+};
+
+struct RopeScaling {
+  std::string rope_type = "default";
+};
+
+struct Model {
+  std::optional<std::string> from;
+  std::string family = "llama";
+  std::optional<int64_t> vocab_size;  // auto = size of the tokenizer
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  std::optional<int64_t> num_key_value_heads;      // default num_attention_heads
+  std::optional<int64_t> head_dim;                 // auto = hidden_size / num_attention_heads
+  std::optional<int64_t> max_position_embeddings;  // auto = batch.sequence_length
+  std::string hidden_act = "silu";
+  double rms_norm_eps = 1e-5;
+  double rope_theta = 10000.0;
+  RopeScaling rope_scaling;
+  std::optional<int64_t> sliding_window;  // none
+  bool attention_bias = false;
+  bool tie_word_embeddings = true;
+  double initializer_range = 0.02;
+};
+
+struct TrainSource {
+  std::string path;
+  double weight = 1.0;
+};
+struct ValidationSource {
+  std::string name;
+  std::string path;
+};
+struct Data {
+  std::optional<std::string> tokenizer;
+  std::vector<TrainSource> train;
+  std::vector<ValidationSource> validation;
+  bool shuffle = true;
+  std::string documents = "joined";  // joined | separate
+};
+
+struct Batch {
+  int64_t global_samples = 0;
+  int64_t micro_samples = 0;
+  int64_t sequence_length = 0;
+};
+
+struct SpikeSkip {
+  std::optional<double> sigma;  // none
+  int64_t window = 128;
+};
+struct Optimizer {
+  std::string name = "adamw";
+  double lr = 0;
+  std::vector<double> betas = {0.9, 0.95};
+  double eps = 1e-8;
+  double weight_decay = 0.1;
+  std::optional<double> max_grad_norm = 1.0;  // none = no clipping
+  int64_t nonfinite_limit = 10;
+  SpikeSkip spike_skip;
+};
+
+struct LrSchedule {
+  std::string kind = "cosine";   // constant | linear | cosine | wsd | inverse_sqrt
+  int64_t warmup = 0;            // in the unit
+  std::optional<int64_t> decay;  // auto
+  std::string unit = "steps";    // steps | tokens
+  double min_ratio = 0.1;
+};
+
+struct Precision {
+  std::string compute = "auto";  // auto | bf16 | fp32 | fp16 | fp64
+  std::string residual = "auto";
+  std::string master = "fp32";
+  std::string gradients = "fp32";
+  std::optional<double> loss_scale;  // none = dynamic; fp16 only
+};
+
+struct Pipeline {
+  int64_t size = 1;
+  std::string schedule = "gpipe";
+  int64_t chunks = 1;
+  std::optional<std::vector<int64_t>> split;  // auto
+};
+struct ContextParallel {
+  int64_t size = 1;
+  std::string method = "ring";
+};
+struct Zero {
+  int64_t stage = 0;
+  std::optional<int64_t> shard_size;  // auto
+  std::string reduce = "auto";        // auto | step | micro_batch
+  bool reshard_after_forward = true;
+  std::string offload = "none";  // none | optimizer | all
+};
+struct Recompute {
+  std::string mode = "none";       // none | block | selective
+  std::vector<std::string> parts;  // attention, mlp, norm
+};
+struct Parallel {
+  std::optional<int64_t> data;  // auto = world size / (tensor x pipeline x context)
+  int64_t tensor = 1;
+  bool sequence = false;
+  Pipeline pipeline;
+  ContextParallel context;
+  int64_t expert = 1;
+  Zero zero;
+  Recompute recompute;
+  int64_t bucket_mib = 25;
+};
+
+struct Checkpoint {
+  std::optional<int64_t> interval_steps;  // none = only at the end and on a signal
+  int64_t keep_last = 2;
+  std::optional<int64_t> keep_every_steps;  // none
+  bool asynchronous = true;
+  std::string verify = "full";  // full | fast
+};
+
+struct Eval {
+  std::optional<int64_t> interval_steps;  // none = only at the end
+  std::optional<int64_t> samples = 64;    // sequences per set; no value = all
+};
+
+struct Trace {
+  std::optional<int64_t> first_step;  // none
+  int64_t steps = 3;
+};
+struct Metrics {
+  int64_t interval_steps = 10;
+  bool tensorboard = true;
+  Trace trace;
+};
+
+struct Recipe {
+  int64_t version = 1;
+  Run run;
+  Model model;
+  Data data;
+  Batch batch;
+  Optimizer optimizer;
+  LrSchedule lr_schedule;
+  Precision precision;
+  Parallel parallel;
+  Checkpoint checkpoint;
+  Eval eval;
+  Metrics metrics;
+};
+
+}  // namespace capstan::recipe

@@ -1,0 +1,149 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/base/philox.h"
+
+#include <bit>
+#include <cmath>
+
+#include "capstan/base/check.h"
+#include "capstan/base/hash.h"
+
+namespace capstan::philox {
+
+namespace {
+
+template <size_t N>
+double polynomial(const std::array<double, N>& coefficients, double x) {
+  double value = coefficients[N - 1];
+  for (size_t i = N - 1; i-- > 0;) value = value * x + coefficients[i];
+  return value;
+}
+
+// log(x) for x > 0 out of additions, multiplications and one division: x = m 2^e with m in
+// [sqrt(1/2), sqrt(2)), log m = 2 atanh(f), f = (m-1)/(m+1), |f| < 0.1716, so the series is exact
+// to a double after f^21.
+double natural_log(double x) {
+  int64_t shift = 0;
+  if (x < 0x1p-1022) {
+    x *= 0x1p54;
+    shift = -54;
+  }
+  const uint64_t bits = std::bit_cast<uint64_t>(x);
+  constexpr uint64_t kMantissa = 0x000FFFFFFFFFFFFFull;
+  int64_t exponent = static_cast<int64_t>(bits >> 52) - 1023 + shift;
+  double m = std::bit_cast<double>((bits & kMantissa) | 0x3FF0000000000000ull);
+  if (m > 1.4142135623730951) {
+    m *= 0.5;
+    ++exponent;
+  }
+  const double f = (m - 1.0) / (m + 1.0), s = f * f;
+  double series = 0.0;
+  for (int k = 21; k >= 1; k -= 2) series = series * s + 1.0 / k;
+  return static_cast<double>(exponent) * 0.69314718055994531 + 2.0 * f * series;
+}
+
+// Rational interpolation of the quantile at Chebyshev nodes (degree 7 over 7, computed with 50
+// digits). Centre: x / q as a function of 0.425^2 - q^2 with q = p - 1/2, relative error 6e-15.
+constexpr std::array<double, 8> kCentreP = {
+    3.3871328727963461, 128.73512822626552, 1830.557477937655,  12139.224890161133,
+    38265.211315474036, 52232.98928941886,  23904.103116721089, 1633.0122843613899};
+constexpr std::array<double, 8> kCentreQ = {1.0,
+                                            41.012366189413981,
+                                            641.63926453705142,
+                                            4815.8575298189162,
+                                            17948.909812326499,
+                                            31203.393040319792,
+                                            21170.851303740594,
+                                            3539.5413098121762};
+// Tails: |x| as a function of r - 1.6 (r <= 5, error 6e-15) and r - 5 (r <= 27.5, error 2e-13) with
+// r = sqrt(-log(min(p, 1 - p))).
+constexpr std::array<double, 8> kTailP = {
+    1.4234371107496915, 4.7986967274575738,  6.2962569570520621,   4.2474424999990754,
+    1.5853303740560594, 0.32045027191916492, 0.031250394211131127, 0.0010675107206190402};
+constexpr std::array<double, 8> kTailQ = {1.0,
+                                          2.1714679312462626,
+                                          1.9045463196807437,
+                                          0.84748946832291627,
+                                          0.19517067468966826,
+                                          0.020898582748951039,
+                                          0.00075473040847282068,
+                                          1.1825888713836057e-09};
+constexpr std::array<double, 8> kFarP = {
+    6.657904643501853,   5.3468361292879854,    1.7005399074782357,     0.27324295174654101,
+    0.02341843187257182, 0.0010368553888037099, 2.1006472849990823e-05, 1.4142939045152984e-07};
+constexpr std::array<double, 8> kFarQ = {1.0,
+                                         0.58226680300586153,
+                                         0.12814893637172942,
+                                         0.013289149217647124,
+                                         0.00066174860410373099,
+                                         1.435400837581971e-05,
+                                         1.0000517920203415e-07,
+                                         9.4072865387428962e-16};
+
+template <class T>
+void fill(std::span<T> out, uint64_t seed, uint64_t stream, uint64_t first, double deviation) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = static_cast<T>(normal(seed, stream, first + i) * deviation);
+  }
+}
+
+}  // namespace
+
+Counter block(Counter counter, Key key) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * counter[0], b = uint64_t{0xCD9E8D57} * counter[2];
+    const auto high = [](uint64_t product) { return static_cast<uint32_t>(product >> 32); };
+    counter = {high(b) ^ counter[1] ^ key[0], static_cast<uint32_t>(b),
+               high(a) ^ counter[3] ^ key[1], static_cast<uint32_t>(a)};
+    key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+  }
+  return counter;
+}
+
+Counter draw(uint64_t seed, uint64_t stream, uint64_t index) {
+  const auto low = [](uint64_t value) { return static_cast<uint32_t>(value); };
+  return block({low(index), low(index >> 32), low(stream), low(stream >> 32)},
+               {low(seed), low(seed >> 32)});
+}
+
+uint64_t bits64(uint64_t seed, uint64_t stream, uint64_t index) {
+  const Counter random = draw(seed, stream, index);
+  return uint64_t{random[1]} << 32 | random[0];
+}
+
+double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+  // 52 bits plus one half: never 0 or 1, symmetric about 1/2, every step exact.
+  return (static_cast<double>(bits64(seed, stream, index) >> 12) + 0.5) * 0x1p-52;
+}
+
+double inverse_normal_cdf(double p) {
+  CAPSTAN_CHECK(p > 0.0 && p < 1.0, "quantile of {}", p);
+  const double q = p - 0.5;
+  if (q >= -0.425 && q <= 0.425) {
+    const double r = 0.180625 - q * q;
+    return q * polynomial(kCentreP, r) / polynomial(kCentreQ, r);
+  }
+  const double r = std::sqrt(-natural_log(q < 0.0 ? p : 1.0 - p));
+  const double x = r <= 5.0 ? polynomial(kTailP, r - 1.6) / polynomial(kTailQ, r - 1.6)
+                            : polynomial(kFarP, r - 5.0) / polynomial(kFarQ, r - 5.0);
+  return q < 0.0 ? -x : x;
+}
+
+double normal(uint64_t seed, uint64_t stream, uint64_t index) {
+  return inverse_normal_cdf(uniform(seed, stream, index));
+}
+
+uint64_t stream_of(std::string_view purpose, std::string_view name) {
+  return xxh3_64(name, xxh3_64(purpose));
+}
+
+void fill_normal(std::span<float> out, uint64_t seed, uint64_t stream, uint64_t first,
+                 double deviation) {
+  fill(out, seed, stream, first, deviation);
+}
+void fill_normal(std::span<double> out, uint64_t seed, uint64_t stream, uint64_t first,
+                 double deviation) {
+  fill(out, seed, stream, first, deviation);
+}
+
+}  // namespace capstan::philox

@@ -1,0 +1,73 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/device/isa.h"
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "capstan/base/env.h"
+#include "capstan/base/error.h"
+#include "capstan/base/text.h"
+#include "device/isa_internal.h"
+
+namespace capstan::device {
+namespace {
+constexpr std::array kLevels = {Isa::kPlain, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+}
+
+std::string_view name_of(Isa isa) {
+  switch (isa) {
+    case Isa::kPlain:
+      return "plain";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+  }
+  return "unknown";
+}
+
+Isa detect_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kPlain;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
+  return Isa::kPlain;
+#endif
+}
+
+Isa choose_isa(Isa detected, const std::optional<std::string>& asked) {
+  if (!asked) return detected;
+  std::vector<std::string> names;
+  for (const Isa level : kLevels) {
+    if (name_of(level) == *asked) {
+      if (level <= detected) return level;
+      throw EnvError(ErrorText{.module = "device",
+                               .what = "honouring CAPSTAN_ISA",
+                               .got = *asked,
+                               .need = std::string(name_of(detected)) + " or lower",
+                               .why = "the processor " + cpu_model() + " has no more",
+                               .fix = "Unset CAPSTAN_ISA"});
+    }
+    names.emplace_back(name_of(level));
+  }
+  throw EnvError(ErrorText{.module = "device",
+                           .what = "honouring CAPSTAN_ISA",
+                           .got = quote(*asked),
+                           .need = "one of " + join(names, ", "),
+                           .fix = "Unset CAPSTAN_ISA or give one of these"});
+}
+
+Isa isa_level() {
+  static const Isa level = choose_isa(detect_isa(), read_env("CAPSTAN_ISA"));
+  return level;
+}
+
+}  // namespace capstan::device

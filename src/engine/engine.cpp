@@ -1,0 +1,179 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/engine/engine.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <utility>
+
+#include "capstan/base/error.h"
+#include "capstan/base/hash.h"
+#include "capstan/base/trace.h"
+#include "capstan/optim/grad_norm.h"
+#include "capstan/optim/optimizer.h"
+#include "engine/executor_internal.h"
+#include "engine/micro_batch_internal.h"
+#include "engine/state_internal.h"
+#include "engine/step_control_internal.h"
+
+namespace capstan::engine {
+namespace {
+
+constexpr const char* kModel = "policy";
+
+parallel::BucketHooks bucket_hooks(const EngineHooks& hooks) {
+  parallel::BucketHooks out;
+  if (hooks.trace) out.on_reduce = [trace = hooks.trace](int bucket) { trace("reduce", bucket); };
+  out.before_reduce = hooks.before_reduce;
+  out.after_reduce = hooks.after_reduce;
+  return out;
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  Impl(const plan::Plan& plan_in, mesh::Mesh& mesh_in, const EngineHooks& hooks)
+      : plan(plan_in),
+        mesh(mesh_in),
+        model(parallel::parallelize(plan, kModel, mesh, bucket_hooks(hooks))),
+        control(plan),
+        executor(plan, model, mesh.coord().pp, hooks.trace),
+        data(mesh.along(plan::kDenseAxes).control()),
+        world(mesh.world().control()) {
+    for (size_t i = 0; i < model.stores.size(); ++i) {
+      auto& store = *model.stores[i];
+      store.initialize(static_cast<uint64_t>(plan.resolved.run.seed), kModel);
+      if (!store.layout().trainable) continue;
+      shards.push_back(store.shard());
+      shard_stores.push_back(i);
+    }
+    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
+  }
+
+  // Loss, gradient squares and flags of all ranks in one small reduction.
+  StepSums sum_over_ranks(double local_loss, int64_t target_tokens) {
+    const auto squares = optim::sum_of_squares(shards);
+    const Tensor sums = at::empty({4}, at::kDouble);
+    auto* s = sums.data_ptr<double>();
+    // Tensor-parallel ranks compute the same loss; one of them counts it.
+    s[0] = mesh.coord().tp == 0 ? local_loss : 0.0;
+    s[1] = squares.counted;
+    s[2] = std::isfinite(local_loss) ? 0 : 1;
+    s[3] = squares.is_finite ? 0 : 1;
+    world.all_reduce(sums).wait();
+    return {s[0], s[1], s[2] == 0, s[3] == 0, target_tokens};
+  }
+
+  void apply(const StepControl::Update& update) {
+    const trace::Span span("optimizer", "update");
+    optimizer->step({update.lr, update.gradient_scale, update.count});
+    for (const size_t s : shard_stores) model.stores[s]->publish();
+  }
+
+  plan::Plan plan;
+  mesh::Mesh& mesh;
+  parallel::ParallelModel model;
+  StepControl control;
+  Executor executor;
+  comm::Communicator data, world;
+  std::vector<parallel::Shard> shards;  // trainable ones
+  std::vector<size_t> shard_stores;     // their stores
+  std::unique_ptr<optim::Optimizer> optimizer;
+  EvalReport eval;
+};
+
+Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineHooks hooks)
+    : impl_(std::make_unique<Impl>(plan, mesh, hooks)) {}
+Engine::~Engine() = default;
+
+StepReport Engine::step(const std::vector<MicroBatch>& batches, const Objective& objective) {
+  Impl& e = *impl_;
+  check_batches(batches, e.plan.batch);
+  // What weights are divided by must be known before any forward.
+  const Tensor counts = at::empty({2}, at::kDouble);
+  auto* c = counts.data_ptr<double>();
+  c[0] = objective.local_denominator(batches);
+  c[1] = static_cast<double>(count_targets(batches));
+  e.data.all_reduce(counts).wait();
+  const StepWork work{&batches, &objective, c[0], e.control.loss_scale()};
+  StepControl::Verdict verdict;
+  e.executor.run(work, [&](double local_loss) {
+    e.model.buckets->wait();
+    verdict = e.control.close_step(e.sum_over_ranks(local_loss, static_cast<int64_t>(c[1])));
+    if (verdict.update.apply) e.apply(verdict.update);
+  });
+  e.control.check_divergence(verdict.report);
+  return std::move(verdict.report);
+}
+
+void Engine::evaluate(const MicroBatch& batch,
+                      const std::function<void(const Tensor&)>& per_token) {
+  Impl& e = *impl_;
+  check_batch(batch);
+  const param::Context context{.key = {}, .mode = param::Mode::kEval, .rows = &batch.rows};
+  const Tensor logprob_BT = e.executor.eval_logprob(context, batch);
+  const Tensor is_target_BT = batch.targets_BT.ne(kIgnoredTarget);
+  e.eval.loss_sum -= at::where(is_target_BT, logprob_BT.to(at::kDouble), 0.0).sum().item<double>();
+  e.eval.target_tokens += is_target_BT.sum().item<int64_t>();
+  if (per_token) per_token(logprob_BT);
+}
+
+EvalReport Engine::report_eval() {
+  Impl& e = *impl_;
+  const Tensor sums = at::empty({2}, at::kDouble);
+  auto* s = sums.data_ptr<double>();
+  s[0] = e.eval.loss_sum;
+  s[1] = static_cast<double>(e.eval.target_tokens);
+  e.eval = {};
+  e.data.all_reduce(sums).wait();
+  return {s[0], static_cast<int64_t>(s[1])};
+}
+
+Tensor Engine::next_logits(const Tensor& ids_BT, param::KvCache* cache) {
+  Impl& e = *impl_;
+  check_batch({ids_BT, ids_BT, {}});
+  const int64_t B = ids_BT.size(0), T = ids_BT.size(1), first = cache ? cache->length() : 0;
+  param::RowMap rows;
+  for (int64_t b = 0; b < B; ++b) rows.samples.push_back(b);
+  rows.positions_BT = at::arange(first, first + T, at::kLong).expand({B, T}).contiguous();
+  rows.positions_are_rows = first == 0;
+  const param::Context context{.key = {},
+                               .mode = cache ? param::Mode::kDecode : param::Mode::kEval,
+                               .rows = &rows,
+                               .cache = cache};
+  return e.executor.logits(context, ids_BT, 1).squeeze(1);
+}
+
+std::vector<mesh::StateEntry> Engine::state_entries() {
+  Impl& e = *impl_;
+  return list_state(e.model, *e.optimizer, e.shard_stores, e.mesh);
+}
+
+EngineScalars Engine::scalars() const { return impl_->control.scalars(); }
+
+void Engine::restore(const EngineScalars& scalars) {
+  Impl& e = *impl_;
+  // Ranks that resumed from different steps would train on without noticing.
+  const Tensor steps = at::empty({e.world.size()}, at::kLong);
+  e.world.all_gather(steps, at::full({1}, scalars.step, at::kLong)).wait();
+  for (int64_t r = 0; r < steps.numel(); ++r) {
+    const int64_t step = steps[r].item<int64_t>();
+    if (step == scalars.step) continue;
+    throw DataError(
+        ErrorText{.module = "engine",
+                  .what = "restoring the run",
+                  .got = "rank " + std::to_string(r) + " at step " + std::to_string(step),
+                  .need = "step " + std::to_string(scalars.step),
+                  .why = "all ranks resume from one checkpoint",
+                  .fix = "Name the checkpoint by --resume DIR"});
+  }
+  e.control.restore(scalars);
+  for (auto& store : e.model.stores) store->refresh();
+}
+
+std::string Engine::weights_hash() { return hash_weights(impl_->model, impl_->mesh); }
+
+const plan::Plan& Engine::plan() const { return impl_->plan; }
+
+}  // namespace capstan::engine

@@ -1,0 +1,67 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <string>
+#include <utility>
+
+#include "capstan/base/error.h"
+#include "engine/micro_batch_internal.h"
+
+namespace capstan::engine {
+namespace {
+
+std::string shape_of(const Tensor& x) {
+  if (!x.defined()) return "nothing";
+  return fmt::format("[{}] of {}", fmt::join(x.sizes().begin(), x.sizes().end(), ", "),
+                     c10::toString(x.scalar_type()));
+}
+
+[[noreturn]] void refuse(std::string what, std::string got, std::string need) {
+  throw ConfigError(ErrorText{.module = "engine",
+                              .what = std::move(what),
+                              .got = std::move(got),
+                              .need = std::move(need),
+                              .why = {},
+                              .fix = {}});
+}
+
+void check_shape(const Tensor& x, const std::string& what, const std::vector<int64_t>& shape) {
+  if (x.defined() && x.scalar_type() == at::kLong && x.sizes() == at::IntArrayRef(shape)) return;
+  refuse("reading " + what, shape_of(x), fmt::format("[{}] of Long", fmt::join(shape, ", ")));
+}
+
+}  // namespace
+
+int64_t count_targets(const Tensor& targets_BT) {
+  return targets_BT.ne(kIgnoredTarget).sum().item<int64_t>();
+}
+
+int64_t count_targets(const std::vector<MicroBatch>& batches) {
+  int64_t count = 0;
+  for (const auto& batch : batches) count += count_targets(batch.targets_BT);
+  return count;
+}
+
+void check_batch(const MicroBatch& batch) {
+  if (!batch.ids_BT.defined() || batch.ids_BT.dim() != 2 || batch.ids_BT.numel() == 0)
+    refuse("reading the token ids", shape_of(batch.ids_BT), "[samples, tokens] of Long");
+  const auto shape = batch.ids_BT.sizes().vec();
+  check_shape(batch.ids_BT, "the token ids", shape);
+  check_shape(batch.targets_BT, "the targets", shape);
+}
+
+void check_batches(const std::vector<MicroBatch>& batches, const plan::BatchPlan& plan) {
+  if (static_cast<int64_t>(batches.size()) != plan.micro_batches)
+    refuse("starting a step", fmt::format("{} micro-batches", batches.size()),
+           fmt::format("{}, as the plan says", plan.micro_batches));
+  const std::vector<int64_t> shape{plan.micro_samples, plan.sequence_length};
+  for (size_t i = 0; i < batches.size(); ++i) {
+    check_shape(batches[i].ids_BT, fmt::format("the token ids of micro-batch {}", i), shape);
+    check_shape(batches[i].targets_BT, fmt::format("the targets of micro-batch {}", i), shape);
+  }
+}
+
+}  // namespace capstan::engine

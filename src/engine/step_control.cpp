@@ -1,0 +1,98 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/step_control_internal.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "capstan/base/error.h"
+#include "capstan/optim/grad_norm.h"
+
+namespace capstan::engine {
+namespace {
+
+optim::LossScaleOptions scale_options(const plan::PrecisionPlan& precision) {
+  optim::LossScaleOptions options;
+  options.dynamic = precision.dynamic_loss_scale;
+  options.start = options.dynamic ? optim::kFirstLossScale : precision.loss_scale;
+  return options;
+}
+
+}  // namespace
+
+StepControl::StepControl(const plan::Plan& plan)
+    : batch_(plan.batch),
+      recipe_(plan.resolved.optimizer),
+      lr_(optim::make_lr_schedule(plan.resolved.lr_schedule, recipe_.lr, batch_.total_steps,
+                                  batch_.tokens_per_step)),
+      scale_(scale_options(plan.precision)),
+      has_loss_scale_(plan.precision.compute == DType::kFp16),
+      spikes_({.sigma = recipe_.spike_skip.sigma, .window = recipe_.spike_skip.window}) {}
+
+std::string StepControl::reason_to_skip(const StepSums& sums, double norm) {
+  if (!sums.loss_is_finite || !std::isfinite(sums.loss)) return "nonfinite loss";
+  if (!sums.gradient_is_finite || !std::isfinite(norm)) return "nonfinite gradient";
+  if (sums.target_tokens == 0) return "no target tokens";
+  if (spikes_.is_spike(sums.loss, norm)) return "spike";
+  return {};
+}
+
+StepControl::Verdict StepControl::close_step(const StepSums& sums) {
+  Verdict verdict;
+  const double norm = std::sqrt(sums.squares) / scale_.value();
+  const std::string skipped = reason_to_skip(sums, norm);
+  const bool is_finite = !skipped.starts_with("nonfinite");
+  const double lr = optim::lr_of_step(lr_, scalars_.step);
+  if (skipped.empty()) {
+    const double clip =
+        recipe_.max_grad_norm ? optim::clip_factor(norm, *recipe_.max_grad_norm) : 1.0;
+    verdict.update = {true, lr, clip / scale_.value(), ++scalars_.optimizer_count};
+  }
+  StepReport& report = verdict.report;
+  if (has_loss_scale_) report.loss_scale = scale_.value();
+  scale_.update(is_finite);
+  ++scalars_.step;
+  scalars_.tokens += batch_.tokens_per_step;
+  scalars_.samples += batch_.global_samples;
+  scalars_.skipped_total += skipped.empty() ? 0 : 1;
+  scalars_.nonfinite_in_row = is_finite ? 0 : scalars_.nonfinite_in_row + 1;
+  report.step = scalars_.step;
+  report.loss = sums.loss;
+  report.grad_norm = norm;
+  report.lr = lr;
+  report.target_tokens = sums.target_tokens;
+  report.skipped = skipped;
+  return verdict;
+}
+
+void StepControl::check_divergence(const StepReport& last) const {
+  if (scalars_.nonfinite_in_row < std::max<int64_t>(1, recipe_.nonfinite_limit)) return;
+  throw DivergenceError(ErrorText{
+      .module = "engine",
+      .what = fmt::format("training at step {}", last.step),
+      .got = fmt::format("{} steps in a row without a usable gradient (the last: {})",
+                         scalars_.nonfinite_in_row, last.skipped),
+      .need = fmt::format("fewer than optimizer.nonfinite_limit {}", recipe_.nonfinite_limit),
+      .why = "the run has diverged",
+      .fix = "Lower optimizer.lr or lengthen lr_schedule.warmup, then resume from an "
+             "earlier checkpoint"});
+}
+
+EngineScalars StepControl::scalars() const {
+  EngineScalars out = scalars_;
+  out.loss_scale = scale_.value();
+  out.good_steps_at_scale = scale_.good_steps();
+  out.spike_losses = spikes_.losses();
+  out.spike_norms = spikes_.norms();
+  return out;
+}
+
+void StepControl::restore(const EngineScalars& scalars) {
+  scalars_ = scalars;
+  scale_.restore(scalars.loss_scale, scalars.good_steps_at_scale);
+  spikes_.restore(scalars.spike_losses, scalars.spike_norms);
+}
+
+}  // namespace capstan::engine

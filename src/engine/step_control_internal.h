@@ -1,0 +1,59 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// StepControl: the scalars of training and the decisions taken from them. Reads only numbers that
+// are the same on every rank, so every rank decides alike. No tensors, no communication.
+#pragma once
+#include "capstan/engine/engine.h"
+#include "capstan/optim/loss_scale.h"
+#include "capstan/optim/lr_schedule.h"
+#include "capstan/optim/spike.h"
+#include "capstan/plan/plan.h"
+
+namespace capstan::engine {
+
+// One finished pass over the micro-batches, summed over ranks.
+struct StepSums {
+  double loss = 0;     // mean over the target tokens
+  double squares = 0;  // of the gradient elements as they lie in the buffers (loss scale in)
+  bool loss_is_finite = true;  // on every rank
+  bool gradient_is_finite = true;
+  int64_t target_tokens = 0;
+};
+
+class StepControl {
+ public:
+  explicit StepControl(const plan::Plan& plan);
+
+  [[nodiscard]] double loss_scale() const { return scale_.value(); }
+
+  struct Update {
+    bool apply = false;
+    double lr = 0, gradient_scale = 1;  // clip factor / loss scale
+    int64_t count = 1;                  // number of the update
+  };
+  struct Verdict {
+    Update update;
+    StepReport report;
+  };
+  // Closes one step: progress advances whether it is applied or not; moments and count do not if it
+  // is skipped.
+  [[nodiscard]] Verdict close_step(const StepSums& sums);
+  // Throws DivergenceError when too many steps in a row were skipped as non-finite.
+  void check_divergence(const StepReport& last) const;
+
+  [[nodiscard]] EngineScalars scalars() const;
+  void restore(const EngineScalars& scalars);
+
+ private:
+  [[nodiscard]] std::string reason_to_skip(const StepSums& sums, double norm);
+
+  plan::BatchPlan batch_;
+  recipe::Optimizer recipe_;
+  optim::LrSchedule lr_;
+  optim::LossScale scale_;
+  bool has_loss_scale_;
+  optim::SpikeDetector spikes_;
+  EngineScalars scalars_;  // progress and counts; scale and window live in the members above
+};
+
+}  // namespace capstan::engine

@@ -1,0 +1,62 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/mesh/mesh.h"
+
+#include <fmt/format.h>
+
+#include <array>
+
+#include "capstan/base/error.h"
+
+namespace capstan::mesh {
+namespace {
+
+using plan::Axis;
+using plan::AxisSet;
+
+constexpr std::array kAxes = {Axis::kTp, Axis::kCp, Axis::kDpShard, Axis::kDpReplicate, Axis::kPp};
+
+// Axes of length one do not change a group.
+AxisSet without_trivial(const plan::Grid& grid, AxisSet axes) {
+  AxisSet kept;
+  for (const Axis axis : kAxes)
+    if (axes.has(axis) && grid.size_of(axis) > 1) kept = kept | axis;
+  return kept;
+}
+
+}  // namespace
+
+Mesh::Mesh(comm::Communicator world, const plan::Grid& grid)
+    : grid_(grid), world_(std::move(world)), coord_(grid.coord(world_.rank())) {
+  if (world_.size() != grid_.size())
+    throw InternalError(
+        ErrorText{.module = "mesh",
+                  .what = "laying the grid over the ranks",
+                  .got = fmt::format("{} ranks", world_.size()),
+                  .need = fmt::format("{}, the product of the axes", grid_.size())});
+  for (const Axis axis : kAxes) (void)along(AxisSet(axis));
+  const AxisSet replicate = Axis::kDpReplicate, shard = Axis::kDpShard, cp = Axis::kCp;
+  for (const AxisSet axes : {shard | cp, replicate | shard, replicate | shard | cp})
+    (void)along(axes);
+}
+
+const comm::Communicator& Mesh::along(AxisSet axes) {
+  if (const auto found = named_.find(axes.bits()); found != named_.end()) return found->second;
+  const AxisSet kept = without_trivial(grid_, axes);
+  auto group = groups_.find(kept.bits());
+  if (group == groups_.end()) {
+    const std::string name = plan::name_of(kept.empty() ? axes : kept);
+    group = groups_.emplace(kept.bits(), world_.split(name, grid_.ranks_along(kept, rank()))).first;
+  }
+  return named_.emplace(axes.bits(), group->second.renamed(plan::name_of(axes))).first->second;
+}
+
+const comm::Communicator& Mesh::along(AxisSet axes) const {
+  if (const auto found = named_.find(axes.bits()); found != named_.end()) return found->second;
+  throw InternalError(ErrorText{.module = "mesh",
+                                .what = "looking up the group along " + plan::name_of(axes),
+                                .got = "axes without a communicator",
+                                .need = "axes that the constructor or along() has made"});
+}
+
+}  // namespace capstan::mesh

@@ -1,0 +1,163 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Legend: B samples, T tokens, D hidden, F MLP features, N query heads, K key/value heads, H head
+// size, X = (N + 2K) H, V vocabulary. Local sizes: under a layout N, K, F, V are those of the rank.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+
+#include "capstan/base/check.h"
+#include "capstan/base/error.h"
+#include "capstan/ops/norm.h"
+#include "capstan/ops/swiglu.h"
+#include "nn/llama_internal.h"
+
+namespace capstan::nn {
+namespace {
+
+struct LlamaEmbedding final : Embedding {
+  Param table_VD;
+  at::ScalarType residual;
+
+  BlockIO forward(const Context& context, Seams& seams, const Tensor& ids_BT) const override {
+    return {.hidden_BTD = {},
+            .residual_BTD = seams.embed(context, ids_BT, table_VD, residual),
+            .extras = {}};
+  }
+};
+
+struct LlamaLayer final : Block {
+  int index = 0;
+  double eps = 0;
+  AttentionInput attention;  // heads of the whole model; local numbers follow from the weights
+  Param input_norm_D, post_norm_D;
+  Projection qkv, o, gate_up, down;
+
+  BlockIO forward(const Context& context, Seams& seams, const BlockIO& in) const override {
+    const auto before = ops::add_rms_norm(in.residual_BTD, in.hidden_BTD, input_norm_D, eps);
+    const Tensor attended_BTD = attend(context, seams, before.normed);
+    const auto between = ops::add_rms_norm(before.residual, attended_BTD, post_norm_D, eps);
+    return {.hidden_BTD = mlp(context, seams, between.normed),
+            .residual_BTD = between.residual,
+            .extras = in.extras};
+  }
+
+ private:
+  Tensor attend(const Context& context, Seams& seams, const Tensor& x_BTD) const {
+    const Tensor qkv_BTX = seams.column(context, x_BTD, {&qkv, 1}).front();
+    return seams.row(context, seams.attend(context, index, qkv_BTX, local_attention()), o);
+  }
+
+  Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const {
+    const Tensor gate_up_BTF = seams.column(context, x_BTD, {&gate_up, 1}).front();
+    return seams.row(context, ops::swiglu(gate_up_BTF), down);
+  }
+
+  AttentionInput local_attention() const {
+    AttentionInput local = attention;
+    local.query_heads = qkv.parts[0].local().local_shape[0] / attention.head_size;
+    local.key_value_heads = qkv.parts[1].local().local_shape[0] / attention.head_size;
+    return local;
+  }
+};
+
+struct LlamaHead final : Head {
+  double eps = 0;
+  Param norm_D;
+  Projection head;
+
+  TokenScores score(const Context& context, Seams& seams, const BlockIO& in,
+                    const Tensor& targets_BT, const ScoreRequest& request) const override {
+    const auto last = ops::add_rms_norm(in.residual_BTD, in.hidden_BTD, norm_D, eps);
+    return seams.score(context, last.normed, head, targets_BT, request);
+  }
+
+  Tensor logits(const Context& context, Seams& seams, const BlockIO& in,
+                int64_t count) const override {
+    const at::NoGradGuard no_grad;
+    const int64_t tokens = in.residual_BTD.size(1);
+    CAPSTAN_CHECK(count >= 1 && count <= tokens, "logits of {} positions of {}", count, tokens);
+    const auto tail = [&](const Tensor& x) {
+      return x.defined() ? x.narrow(1, tokens - count, count) : x;
+    };
+    const auto last = ops::add_rms_norm(tail(in.residual_BTD), tail(in.hidden_BTD), norm_D, eps);
+    return seams.logits(context, last.normed, head);
+  }
+};
+
+// Weights of one layer by their names.
+struct LayerParams {
+  const FindParam& find;
+  std::string prefix;
+  bool attention_bias;
+
+  Param weight(const std::string& name) const { return find(prefix + name + ".weight"); }
+  Projection projection(std::initializer_list<const char*> names, bool with_bias) const {
+    Projection result;
+    for (const char* name : names) {
+      result.parts.push_back(weight(name));
+      if (with_bias) result.bias.push_back(find(prefix + name + ".bias"));
+    }
+    return result;
+  }
+};
+
+std::unique_ptr<Block> build_layer(const plan::ModelShape& shape, int index,
+                                   const FindParam& find) {
+  const LayerParams params{find, "model.layers." + std::to_string(index) + ".",
+                           shape.attention_bias};
+  auto layer = std::make_unique<LlamaLayer>();
+  layer->index = index;
+  layer->eps = shape.rms_norm_eps;
+  layer->attention = {.query_heads = shape.num_attention_heads,
+                      .key_value_heads = shape.num_key_value_heads,
+                      .head_size = shape.head_dim,
+                      .rope_theta = shape.rope_theta,
+                      .max_positions = shape.max_position_embeddings,
+                      .spec = {.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim)),
+                               .sliding_window = shape.sliding_window}};
+  layer->input_norm_D = params.weight("input_layernorm");
+  layer->post_norm_D = params.weight("post_attention_layernorm");
+  layer->qkv = params.projection({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+                                 shape.attention_bias);
+  layer->o = params.projection({"self_attn.o_proj"}, shape.attention_bias);
+  layer->gate_up = params.projection({"mlp.gate_proj", "mlp.up_proj"}, false);
+  layer->down = params.projection({"mlp.down_proj"}, false);
+  return layer;
+}
+
+void check_shape(const plan::ModelShape& shape) {
+  if (shape.hidden_act == "silu" && shape.head_dim % 2 == 0) return;
+  throw ConfigError(ErrorText{
+      .module = "nn",
+      .what = "building a Llama model",
+      .got = "hidden_act '" + shape.hidden_act + "', head_dim " + std::to_string(shape.head_dim),
+      .need = "silu and an even head_dim",
+      .why = "the MLP is SwiGLU and RoPE turns pairs",
+      .fix = ""});
+}
+
+}  // namespace
+
+Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
+                  const FindParam& find) {
+  check_shape(shape);
+  Model model;
+  model.shape = shape;
+  auto embedding = std::make_unique<LlamaEmbedding>();
+  embedding->table_VD = find("model.embed_tokens.weight");
+  embedding->residual = options.residual;
+  model.embedding = std::move(embedding);
+  for (int i = 0; i < shape.num_hidden_layers; ++i)
+    model.layers.push_back(build_layer(shape, i, find));
+  auto head = std::make_unique<LlamaHead>();
+  head->eps = shape.rms_norm_eps;
+  head->norm_D = find("model.norm.weight");
+  head->head.parts = {
+      find(shape.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")};
+  model.head = std::move(head);
+  return model;
+}
+
+}  // namespace capstan::nn

@@ -1,0 +1,7 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/cpu/rope_body.h"
+
+namespace capstan::ops::cpu {
+const RopeKernels rope_plain = kRopeKernels;
+}  // namespace capstan::ops::cpu

@@ -1,0 +1,116 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Legend: D input features, O output features, N tokens.
+#include "capstan/ops/linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "capstan/base/check.h"
+
+namespace capstan::ops {
+namespace {
+
+Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+// A fresh [..., columns] tensor beside x, and its rows: results that are no views may be changed in
+// place by the next op.
+struct Product {
+  Tensor whole, rows_NO;
+  Product(const Tensor& x, int64_t columns) {
+    std::vector<int64_t> sizes = x.sizes().vec();
+    sizes.back() = columns;
+    whole = at::empty(sizes, x.options().requires_grad(false));
+    rows_NO = whole.view({-1, columns});
+  }
+};
+
+std::vector<Param> params_of(const Projection& projection, bool with_bias) {
+  std::vector<Param> params = projection.parts;
+  if (with_bias) params.insert(params.end(), projection.bias.begin(), projection.bias.end());
+  return params;
+}
+
+void accumulate_bias(const Projection& projection, const Tensor& grad) {
+  if (projection.bias.empty()) return;
+  const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor sum_O = at::sum(rows_of(grad), {0}, false, wide);
+  projection.accumulate_bias([sum_O](param::GradSlot& slot) { param::add_to_slot(slot, sum_O); });
+}
+
+}  // namespace
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O) {
+  CAPSTAN_CHECK(x.size(-1) == weight_OD.size(1), "linear: input has {} features, weight needs {}",
+                x.size(-1), weight_OD.size(1));
+  at::NoGradGuard no_grad;
+  Product y(x, weight_OD.size(0));
+  if (bias_O.defined())
+    at::addmm_out(y.rows_NO, bias_O, rows_of(x), weight_OD.t());
+  else
+    at::mm_out(y.rows_NO, rows_of(x), weight_OD.t());
+  return y.whole;
+}
+
+Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
+  at::NoGradGuard no_grad;
+  Product dx(grad, weight_OD.size(1));
+  at::mm_out(dx.rows_NO, rows_of(grad), weight_OD);
+  return dx.whole;
+}
+
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND) {
+  at::NoGradGuard no_grad;
+  if (slot.buffer.scalar_type() != grad_NO.scalar_type()) {
+    param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
+  } else if (slot.overwrite) {
+    at::mm_out(slot.buffer, grad_NO.t(), x_ND);
+    slot.overwrite = false;
+  } else {
+    slot.buffer.addmm_(grad_NO.t(), x_ND);
+  }
+}
+
+void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
+                            bool with_bias) {
+  if (!projection.trainable()) return;
+  const Tensor grad_NO = rows_of(grad).detach(), x_ND = rows_of(x).detach();
+  projection.accumulate(
+      [grad_NO, x_ND](param::GradSlot& slot) { add_outer_product(slot, grad_NO, x_ND); });
+  if (with_bias) accumulate_bias(projection, grad_NO);
+}
+
+Tensor linear(const Tensor& x, const Projection& projection, bool with_bias) {
+  const Tensor y =
+      linear_forward(x, projection.weight(), with_bias ? projection.bias_value() : Tensor());
+  const bool wants_input_grad = x.requires_grad();
+  return record(y, {"linear",
+                    {x},
+                    params_of(projection, with_bias),
+                    {projection.trainable() ? x : Tensor()},
+                    [projection, with_bias, wants_input_grad](const Tensors& saved,
+                                                              Tensors& grads) -> Tensors {
+                      linear_weight_gradient(projection, grads[0], saved[0], with_bias);
+                      if (!wants_input_grad) return {Tensor()};
+                      return {linear_input_gradient(grads[0], projection.weight())};
+                    }});
+}
+
+Tensor add_bias(const Tensor& y, const Projection& projection) {
+  if (projection.bias.empty()) return y;
+  Tensor sum = y.detach();
+  {
+    at::NoGradGuard no_grad;
+    sum.add_(projection.bias_value());
+  }
+  return record(sum, {"add_bias",
+                      {y},
+                      projection.bias,
+                      {},
+                      [projection](const Tensors&, Tensors& grads) -> Tensors {
+                        accumulate_bias(projection, grads[0]);
+                        return {grads[0]};
+                      }});
+}
+
+}  // namespace capstan::ops

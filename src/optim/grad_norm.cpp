@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/optim/grad_norm.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "capstan/base/check.h"
+#include "optim/cpu/kernels.h"
+
+namespace capstan::optim {
+namespace {
+
+constexpr int64_t kTaskElements = 16384;
+
+struct Task {
+  const at::Tensor* values;
+  int64_t begin, end;
+  bool counted;
+};
+
+void cut(std::vector<Task>& tasks, const at::Tensor& values, const parallel::ShardRange& range) {
+  for (int64_t begin = range.begin; begin < range.end; begin += kTaskElements)
+    tasks.push_back({&values, begin, std::min(range.end, begin + kTaskElements), range.counted});
+}
+
+double squares(const Task& task) {
+  const auto& k = cpu::kernels();
+  const int64_t count = task.end - task.begin;
+  const void* data = task.values->const_data_ptr();
+  switch (task.values->scalar_type()) {
+    case at::kDouble:
+      return k.squares_f64(static_cast<const double*>(data) + task.begin, count);
+    case at::kFloat:
+      return k.squares_f32(static_cast<const float*>(data) + task.begin, count);
+    case at::kBFloat16:
+      return k.squares_bf16(static_cast<const uint16_t*>(data) + task.begin, count);
+    default:
+      break;
+  }
+  CAPSTAN_CHECK(false, "norm of {} gradients", c10::toString(task.values->scalar_type()));
+  return 0;
+}
+
+// Partial sums of fixed ranges, then in order: the same bits for any number of threads.
+SquareSums sum(const std::vector<Task>& tasks) {
+  std::vector<double> parts(tasks.size());
+  at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      parts[static_cast<size_t>(i)] = squares(tasks[static_cast<size_t>(i)]);
+  });
+  SquareSums sums;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    sums.is_finite = sums.is_finite && std::isfinite(parts[i]);
+    if (tasks[i].counted) sums.counted += parts[i];
+  }
+  return sums;
+}
+
+}  // namespace
+
+SquareSums sum_of_squares(std::span<const parallel::Shard> shards) {
+  std::vector<Task> tasks;
+  for (const parallel::Shard& shard : shards) {
+    if (!shard.gradient.defined()) continue;
+    for (const parallel::ShardRange& range : shard.ranges) cut(tasks, shard.gradient, range);
+  }
+  return sum(tasks);
+}
+
+double sum_of_squares(const at::Tensor& values) {
+  CAPSTAN_CHECK(values.is_contiguous(), "norm of a strided tensor");
+  std::vector<Task> tasks;
+  cut(tasks, values, {.begin = 0, .end = values.numel()});
+  return sum(tasks).counted;
+}
+
+double clip_factor(double norm, double max_norm) { return std::min(1.0, max_norm / (norm + 1e-6)); }
+
+}  // namespace capstan::optim

@@ -1,0 +1,49 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Steps of make_plan. Each fixes the `auto` values of its part in Draft::recipe, notes the choices
+// and collects problems instead of throwing, so that a user sees all of them at once.
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "capstan/plan/plan.h"
+
+namespace capstan::plan {
+
+struct ProblemText {
+  std::string key, got, need, why, fix;
+};
+
+struct Draft {
+  const recipe::Resolved& input;
+  const Topology& topology;
+  const PlanInputs& inputs;
+  recipe::Recipe recipe;  // input.recipe with autos fixed so far
+  std::vector<recipe::Problem> problems = {};
+  std::vector<std::string> choices = {};
+
+  void refuse(ProblemText text);
+  void choose(const std::string& key, const std::string& value, const std::string& why);
+  // The user wrote the key, as opposed to a default.
+  [[nodiscard]] bool is_given(const std::string& key) const;
+};
+
+// "24 or 32": the multiples of `unit` next to `value`, at least one unit.
+[[nodiscard]] std::string nearest_multiples(int64_t value, int64_t unit);
+
+void resolve_run(Draft& draft);
+[[nodiscard]] ModelShape resolve_shape(Draft& draft);
+[[nodiscard]] std::optional<Grid> resolve_grid(Draft& draft, const ModelShape& shape);
+[[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
+[[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);
+void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);
+
+// All of these read a plan whose models, grid, schedule, precision and batch are set.
+[[nodiscard]] MemoryReport report_memory(const Plan& plan, int rank);
+[[nodiscard]] Traffic predict_traffic(const Plan& plan, int rank);
+[[nodiscard]] int64_t predict_checkpoint_bytes(const Plan& plan);
+[[nodiscard]] ActivationQuery activation_query(const Plan& plan);
+void check_memory(Draft& draft, const Plan& plan);
+
+}  // namespace capstan::plan

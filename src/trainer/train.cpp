@@ -1,0 +1,195 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/trainer/train.h"
+
+#include <fmt/format.h>
+
+#include "capstan/base/bytes.h"
+#include "capstan/base/env.h"
+#include "capstan/base/error.h"
+#include "capstan/base/log.h"
+#include "capstan/checkpoint/saver.h"
+#include "capstan/device/threads.h"
+#include "capstan/text/tokenizer.h"
+#include "capstan/trainer/run_directory.h"
+#include "trainer/loop.h"
+#include "trainer/resume.h"
+
+namespace capstan::trainer {
+namespace {
+
+// Rank 0 opens the directory; every rank learns whether that worked.
+std::unique_ptr<RunDirectory> open_run_directory(const Path& path, const TrainOptions& options,
+                                                 checkpoint::CommitGroup& group) {
+  std::unique_ptr<RunDirectory> directory;
+  std::string failure;
+  if (group.rank() == 0) {
+    try {
+      directory =
+          std::make_unique<RunDirectory>(path, options.attempt.value_or(next_attempt(path)));
+    } catch (const ConfigError& error) {
+      failure = std::string("C") + error.what();
+    } catch (const std::exception& error) {
+      failure = std::string("E") + error.what();
+    }
+  }
+  failure = group.gather(failure).front();
+  if (failure.empty()) return directory;
+  if (failure.front() == 'C') throw ConfigError(failure.substr(1));
+  throw EnvError(failure.substr(1));
+}
+
+// Room for the checkpoints that will lie side by side, before hours are spent.
+void check_disk(const plan::Plan& plan, const Path& run_directory) {
+  const int64_t kept = plan.resolved.checkpoint.keep_last + 1;
+  int64_t present = 0;
+  for (const checkpoint::CommittedStep& step :
+       checkpoint::list_steps(run_directory / "checkpoints"))
+    for (const auto& file : std::filesystem::directory_iterator(step.path))
+      if (file.is_regular_file()) present += static_cast<int64_t>(file.file_size());
+  const int64_t need = std::max<int64_t>(0, kept * plan.checkpoint_bytes - present),
+                have = free_disk_bytes(run_directory);
+  if (have < need)
+    throw ConfigError(
+        {.module = "trainer",
+         .what = "making room for checkpoints in " + run_directory.string(),
+         .got = format_bytes(have) + " free",
+         .need = fmt::format("{} ({} checkpoints of {})", format_bytes(need), kept,
+                             format_bytes(plan.checkpoint_bytes)),
+         .fix =
+             "Free some space, set run.directory to another disk, or lower checkpoint.keep_last"});
+}
+
+void announce(const plan::Plan& plan, const TrainOptions& options, const Path& run_directory) {
+  const recipe::Recipe& r = plan.resolved;
+  const plan::Grid::Sizes& g = plan.grid.sizes();
+  if (!options.recipe.files.empty())
+    log::info("trainer", "recipe {} -> {}", options.recipe.files.back().string(),
+              (run_directory / "recipe.yaml").string());
+  for (const std::string& choice : plan.choices) log::info("plan", "{}", choice);
+  log::info("plan", "{} parameters, {} ranks (pp {}, dp {}, cp {}, tp {}), {} threads per rank",
+            format_count(plan.model().parameters), plan.grid.size(), g.pp,
+            plan.grid.data_parallel_size(), g.cp, g.tp, plan.threads_per_rank);
+  log::info("plan", "{} tokens per step, {} micro-batches of {} x {} per rank, {} steps",
+            plan.batch.tokens_per_step, plan.batch.micro_batches, plan.batch.micro_samples,
+            plan.batch.sequence_length, plan.batch.total_steps);
+  const plan::MemoryReport& m = plan.memory;
+  log::info("plan",
+            "predicted peak per rank {}: parameters {}, gradients {}, optimizer {}, activations "
+            "{}, workspace {}",
+            format_bytes(m.peak()), format_bytes(m.parameters + m.master),
+            format_bytes(m.gradients), format_bytes(m.optimizer), format_bytes(m.activations),
+            format_bytes(m.workspace));
+  if (r.run.device == "cpu" &&
+      plan.threads_per_rank * plan.topology.local_size > plan.topology.physical_cores)
+    log::warning("trainer", "{} ranks x {} threads on {} cores: they will wait for one another",
+                 plan.topology.local_size, plan.threads_per_rank, plan.topology.physical_cores);
+}
+
+// Steps above the resume point belong to a branch that is left: out of the way of saves and
+// retention, but kept.
+void set_newer_steps_aside(const ResumePoint& point, const RunDirectory& directory) {
+  for (const checkpoint::CommittedStep& s :
+       checkpoint::list_steps(directory.path() / "checkpoints")) {
+    if (s.step <= point.scalars.step) continue;
+    const Path aside = s.path.string() + fmt::format(".abandoned-{}", directory.attempt());
+    if (rename_no_replace(s.path, aside))
+      log::warning("trainer", "{} is newer than the step the run goes on from: moved to {}",
+                   s.path.string(), aside.filename().string());
+  }
+}
+
+std::optional<TrainResult> already_finished(const std::optional<ResumePoint>& point,
+                                            const plan::Plan& plan, const Path& run_directory) {
+  if (!point || point->scalars.step < plan.batch.total_steps) return std::nullopt;
+  log::info("trainer",
+            "{} is finished: step {} of {}. To train longer raise run.steps (with --allow-change "
+            "lr_schedule under a decaying schedule)",
+            run_directory.string(), point->scalars.step, plan.batch.total_steps);
+  return TrainResult{
+      .exit_code = 0, .step = point->scalars.step, .run_directory = run_directory.string()};
+}
+
+TrainResult train_in(const TrainOptions& options, const comm::Communicator& world,
+                     const Path& path) {
+  checkpoint::CommunicatorGroup group(world);
+  const std::unique_ptr<RunDirectory> directory = open_run_directory(path, options, group);
+  recipe::Resolved recipe = options.recipe;
+  const std::optional<ResumePoint> point = find_resume_point(
+      path, options.resume, checkpoint::parse_verify(recipe.recipe.checkpoint.verify), group);
+  if (point) adopt_fixed_values(recipe.recipe, point->recipe);
+
+  std::optional<text::Tokenizer> tokenizer;
+  if (recipe.recipe.data.tokenizer)
+    tokenizer = text::Tokenizer::load(*recipe.recipe.data.tokenizer);
+  const plan::Plan plan = plan::make_plan(
+      recipe, plan::local_topology(world.size(), options.local_size),
+      {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
+  const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
+  const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));
+  if (point) check_same_run(*point, plan.resolved, loader.fingerprint(), options.allow_change);
+  if (auto finished = already_finished(point, plan, path)) return *finished;
+  if (world.rank() == 0) {
+    check_disk(plan, path);
+    if (point) set_newer_steps_aside(*point, *directory);
+    std::error_code ignored;
+    std::filesystem::remove(path / "exit.json", ignored);  // it told of the attempt before
+    directory->write_recipe(recipe::dump_recipe(plan.resolved), plan::plan_json(plan));
+    announce(plan, options, path);
+  }
+
+  device::set_threads(plan.threads_per_rank);
+  mesh::Mesh mesh(world, plan.grid);
+  engine::Engine engine(plan, mesh);
+  if (point) {
+    std::vector<checkpoint::StateBlob> blobs = checkpoint::blobs_of(engine.state_entries());
+    (void)checkpoint::load_state(point->step, blobs);
+    engine.restore(point->scalars);
+    log::info("trainer", "resumed from {}: step {}", point->step.path.string(),
+              point->scalars.step);
+  }
+  Loop loop({.options = options,
+             .plan = plan,
+             .loader = loader,
+             .tokenizer_fingerprint = fingerprint,
+             .run_directory = path,
+             .resumed_step = point ? point->scalars.step : 0},
+            engine, mesh);
+  return loop.run();
+}
+
+}  // namespace
+
+TrainResult train(const TrainOptions& options, const comm::Communicator& world) {
+  world.set_timeout(options.recipe.recipe.run.start_timeout_s);
+  const Path path = run_directory_of(options.recipe.recipe);
+  const auto report = [&](int code, const std::string& cause, const std::string& message) {
+    std::error_code ignored;
+    if (world.rank() != 0 || !std::filesystem::is_directory(path, ignored)) return;
+    try {
+      const std::vector<checkpoint::CommittedStep> steps =
+          checkpoint::list_steps(path / "checkpoints");
+      write_exit_report(path, {code, cause, world.rank(), "", message,
+                               steps.empty() ? std::nullopt : std::optional(steps.front().step)});
+    } catch (const std::exception& error) {
+      log::warning("trainer", "exit.json was not written: {}", error.what());
+    }
+  };
+  try {
+    TrainResult result = train_in(options, world, path);
+    report(result.exit_code, result.exit_code == 0 ? "done" : "preempted", "");
+    return result;
+  } catch (const ConfigError&) {
+    throw;  // nothing was started: the directory keeps the report of the run that is in it
+  } catch (const comm::AbortedError&) {
+    throw;  // another rank is the cause; who watches the ranks knows which
+  } catch (const Error& error) {
+    report(error.run_exit_code(), error.class_name(), error.what());
+    throw;
+  } catch (const std::exception& error) {
+    report(exit_codes::kWorkerFailure, "exception", error.what());
+    throw;
+  }
+}
+
+}  // namespace capstan::trainer

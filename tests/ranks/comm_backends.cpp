@@ -1,0 +1,40 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "ranks/comm_backends.h"
+
+#include "comm/gloo_job_internal.h"
+#include "support/run_ranks.h"
+
+namespace capstan::test {
+
+void run_on(Kind kind, int n, const std::function<void(comm::Communicator world)>& fn,
+            double timeout_s) {
+  constexpr double kDeadlineSeconds = 60;
+  if (kind == Kind::kThreads) {
+    run_ranks(
+        n,
+        [&](comm::Communicator world) {
+          world.set_timeout(timeout_s);
+          fn(std::move(world));
+        },
+        kDeadlineSeconds);
+    return;
+  }
+  const auto store = comm::KeyStore::in_process();
+  run_ranks(
+      n,
+      [&](comm::Communicator thread_world) {
+        const auto world = comm::join_local_gloo(store, thread_world.rank(), n, timeout_s);
+        try {
+          fn(world);
+        } catch (const std::exception& e) {
+          world.abort(e.what());
+          throw;
+        }
+        // Connections close with the last handle: nobody may leave while another rank still reads.
+        world.control().barrier().wait();
+      },
+      kDeadlineSeconds);
+}
+
+}  // namespace capstan::test

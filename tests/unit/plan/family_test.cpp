@@ -1,0 +1,198 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/plan/family.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "capstan/base/error.h"
+#include "shapes.h"
+
+namespace capstan::plan {
+namespace {
+
+using ::testing::HasSubstr;
+using testing::index_of;
+using testing::table_of;
+
+TEST(Llama, ParameterCountsOfKnownModels) {
+  // 8192*256 embedding; a layer: q 65,536 + k,v 2*32,768 + o 65,536 + 3*256*704 + 512; last norm
+  // 256.
+  EXPECT_EQ(count_parameters(table_of(testing::quickstart_shape())), 2'097'152 + 4 * 737'792 + 256);
+  EXPECT_EQ(count_parameters(table_of(testing::llama3_8b_shape())), 8'030'261'248);
+}
+
+TEST(Llama, TableHasHuggingFaceNamesInOrder) {
+  ModelShape shape = testing::quickstart_shape();
+  shape.num_hidden_layers = 1;
+  shape.tie_word_embeddings = false;
+  std::vector<std::string> names;
+  for (const ParamSpec& spec : table_of(shape)) names.push_back(spec.name);
+  const std::vector<std::string> expected = {"model.embed_tokens.weight",
+                                             "model.layers.0.input_layernorm.weight",
+                                             "model.layers.0.self_attn.q_proj.weight",
+                                             "model.layers.0.self_attn.k_proj.weight",
+                                             "model.layers.0.self_attn.v_proj.weight",
+                                             "model.layers.0.self_attn.o_proj.weight",
+                                             "model.layers.0.post_attention_layernorm.weight",
+                                             "model.layers.0.mlp.gate_proj.weight",
+                                             "model.layers.0.mlp.up_proj.weight",
+                                             "model.layers.0.mlp.down_proj.weight",
+                                             "model.norm.weight",
+                                             "lm_head.weight"};
+  EXPECT_EQ(names, expected);
+}
+
+TEST(Llama, AttentionBiasAddsFourVectors) {
+  ModelShape shape = testing::quickstart_shape();
+  const int64_t without = count_parameters(table_of(shape));
+  shape.attention_bias = true;
+  const auto table = table_of(shape);
+  EXPECT_EQ(count_parameters(table) - without, 4 * (256 + 128 + 128 + 256));
+  const ParamSpec& k =
+      table[static_cast<size_t>(index_of(table, "model.layers.2.self_attn.k_proj.bias"))];
+  EXPECT_EQ(k.shape, Shape{128});
+  EXPECT_EQ(k.init.kind, Init::Kind::kZeros);
+  EXPECT_FALSE(k.decay);
+  EXPECT_EQ(k.site, Site::kSplit);
+  EXPECT_EQ(k.tensor.units, 2);
+  // A row projection adds its bias once, to the whole residual stream.
+  const ParamSpec& o =
+      table[static_cast<size_t>(index_of(table, "model.layers.2.self_attn.o_proj.bias"))];
+  EXPECT_EQ(o.tensor.kind, ShardRule::Kind::kReplicate);
+  EXPECT_EQ(o.site, Site::kResidual);
+  EXPECT_EQ(o.fuse_group, -1);
+}
+
+TEST(Llama, SpecsSayHowToStartDecayAndCut) {
+  ModelShape shape = testing::llama3_8b_shape();
+  shape.initializer_range = 0.03;
+  const auto table = table_of(shape);
+  std::set<std::string> names;
+  for (const ParamSpec& spec : table) {
+    EXPECT_TRUE(names.insert(spec.name).second) << spec.name;
+    const bool is_norm = spec.name.find("norm") != std::string::npos;
+    EXPECT_EQ(spec.decay, !is_norm) << spec.name;
+    EXPECT_EQ(spec.init.kind, is_norm ? Init::Kind::kOnes : Init::Kind::kNormal) << spec.name;
+    EXPECT_EQ(spec.init.deviation, is_norm ? 0 : 0.03) << spec.name;
+    EXPECT_EQ(spec.update, UpdateKind::kElementwise);
+  }
+  const auto at = [&](const std::string& name) {
+    return table[static_cast<size_t>(index_of(table, name))];
+  };
+  const ParamSpec q = at("model.layers.31.self_attn.q_proj.weight"),
+                  k = at("model.layers.31.self_attn.k_proj.weight"),
+                  o = at("model.layers.31.self_attn.o_proj.weight"),
+                  up = at("model.layers.31.mlp.up_proj.weight");
+  EXPECT_EQ(q.block, 32);
+  EXPECT_EQ(q.fuse_group, k.fuse_group);
+  EXPECT_NE(q.fuse_group, up.fuse_group);
+  EXPECT_EQ(o.fuse_group, -1);
+  EXPECT_EQ(k.tensor.units, 8);
+  EXPECT_EQ(q.tensor.dim, 0);
+  EXPECT_EQ(o.tensor.dim, 1);
+  EXPECT_EQ(at("lm_head.weight").tensor.kind, ShardRule::Kind::kVocab);
+  EXPECT_EQ(at("lm_head.weight").block, 33);
+  EXPECT_EQ(at("model.norm.weight").block, 33);
+}
+
+TEST(Llama, ForwardFlopsCountCausalAttentionExactly) {
+  const ModelShape shape = testing::quickstart_shape();
+  const ForwardFlops flops = find_family("llama").forward_flops(shape, 256);
+  // Every multiply-add of the weights: 737,792 - 512 per layer.
+  EXPECT_EQ(flops.linear, 2.0 * 4 * 737'280);
+  // 4 layers x (scores + values) x 2 x 256 wide x mean of 1..256 keys.
+  EXPECT_EQ(flops.attention, 4.0 * 2 * 2 * 256 * 128.5);
+  EXPECT_EQ(flops.head, 2.0 * 256 * 8192);
+  EXPECT_EQ(flops.total(), flops.linear + flops.attention + flops.head);
+}
+
+TEST(Llama, SlidingWindowCapsTheKeysSeen) {
+  ModelShape shape = testing::quickstart_shape();
+  const auto attention = [&](int64_t window, int64_t sequence) {
+    shape.sliding_window = window;
+    return find_family("llama").forward_flops(shape, sequence).attention;
+  };
+  const double per_key = 4.0 * 4 * 256;
+  EXPECT_EQ(attention(1, 10), per_key);  // itself only
+  EXPECT_DOUBLE_EQ(attention(4, 10), per_key * (1 + 2 + 3 + 7 * 4) / 10.0);
+  EXPECT_EQ(attention(10, 10), per_key * 5.5);
+  EXPECT_EQ(attention(1000, 10), per_key * 5.5);
+}
+
+TEST(Llama, ActivationSumsAreTheirTerms) {
+  const ModelShape shape = testing::quickstart_shape();
+  ActivationQuery query;
+  query.tokens = 1024;
+  query.samples = 4;
+  query.sequence_length = 256;
+  const ActivationBytes bytes = find_family("llama").activation_bytes(shape, query);
+  int64_t layer = 0, head = 0, head_workspace = 0;
+  for (const ActivationTerm& term : bytes.terms) {
+    EXPECT_EQ(std::abs(term.bytes), allocation_bytes(std::abs(term.bytes)))
+        << term.name;  // already rounded
+    if (term.part == ActivationTerm::Part::kLayer) layer += term.bytes;
+    if (term.part == ActivationTerm::Part::kHead) head += term.bytes;
+    if (term.part == ActivationTerm::Part::kHeadWorkspace) head_workspace += term.bytes;
+  }
+  EXPECT_EQ(bytes.saved_per_layer, layer);
+  EXPECT_EQ(bytes.saved_head, head);
+  EXPECT_EQ(bytes.head_workspace, head_workspace);
+  // The chunk of logits: 512 rows of the vocabulary in fp32.
+  EXPECT_EQ(head_workspace, 512 * 8192 * 4);
+  EXPECT_GT(bytes.layer_workspace, 0);
+  // A 16-bit pass keeps at least a third less, and an fp32 residual stream stays.
+  query.compute = DType::kBf16;
+  const ActivationBytes half = find_family("llama").activation_bytes(shape, query);
+  EXPECT_LT(half.saved_per_layer, bytes.saved_per_layer * 2 / 3);
+  EXPECT_GT(half.saved_per_layer, bytes.saved_per_layer / 2);
+}
+
+TEST(Allocation, SizesRoundToEightClassesPerDoubling) {
+  EXPECT_EQ(allocation_bytes(0), 0);
+  EXPECT_EQ(allocation_bytes(1), 64);
+  EXPECT_EQ(allocation_bytes(512), 512);
+  EXPECT_EQ(allocation_bytes(513), 576);
+  EXPECT_EQ(allocation_bytes(1024), 1024);
+  EXPECT_EQ(allocation_bytes(1025), 1152);
+  EXPECT_EQ(allocation_bytes((1 << 20) + 1), (1 << 20) + (1 << 17));
+}
+
+TEST(Head, ChunkFollowsTheVocabulary) {
+  EXPECT_EQ(head_chunk_tokens(8192, 4096), 512);
+  EXPECT_EQ(head_chunk_tokens(50304, 4096), 256);
+  EXPECT_EQ(head_chunk_tokens(128256, 4096), 256);
+  EXPECT_EQ(head_chunk_tokens(100, 4096), 1024);
+  EXPECT_EQ(head_chunk_tokens(8192, 100), 100);
+  EXPECT_EQ(head_chunk_tokens(8192, 0), 1);
+}
+
+TEST(Families, UnknownNameIsRefusedWithTheList) {
+  try {
+    (void)find_family("lama");
+    FAIL();
+  } catch (const ConfigError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("'lama'"));
+    EXPECT_THAT(e.what(), HasSubstr("Did you mean 'llama'"));
+  }
+}
+
+TEST(Families, UsersAddAndReplace) {
+  FamilyDef family = find_family("llama");
+  family.name = "test_family";
+  family.hf_model_type = "test_a";
+  register_family(family);
+  const FamilyDef& first = find_family("test_family");
+  family.hf_model_type = "test_b";
+  register_family(family);
+  EXPECT_EQ(find_family("test_family").hf_model_type, "test_b");
+  EXPECT_EQ(first.hf_model_type, "test_a");  // references stay valid
+  const auto names = family_names();
+  EXPECT_EQ(std::count(names.begin(), names.end(), "test_family"), 1);
+  EXPECT_THROW(register_family(FamilyDef{}), InternalError);
+}
+
+}  // namespace
+}  // namespace capstan::plan

@@ -1,0 +1,111 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "capstan/base/error.h"
+#include "shapes.h"
+
+namespace capstan::plan {
+namespace {
+
+using ::testing::HasSubstr;
+using Json = nlohmann::json;
+
+void expect_equal(const ModelShape& a, const ModelShape& b) {
+  EXPECT_EQ(a.family, b.family);
+  EXPECT_EQ(a.vocab_size, b.vocab_size);
+  EXPECT_EQ(a.hidden_size, b.hidden_size);
+  EXPECT_EQ(a.intermediate_size, b.intermediate_size);
+  EXPECT_EQ(a.num_hidden_layers, b.num_hidden_layers);
+  EXPECT_EQ(a.num_attention_heads, b.num_attention_heads);
+  EXPECT_EQ(a.num_key_value_heads, b.num_key_value_heads);
+  EXPECT_EQ(a.head_dim, b.head_dim);
+  EXPECT_EQ(a.max_position_embeddings, b.max_position_embeddings);
+  EXPECT_EQ(a.hidden_act, b.hidden_act);
+  EXPECT_EQ(a.rms_norm_eps, b.rms_norm_eps);
+  EXPECT_EQ(a.rope_theta, b.rope_theta);
+  EXPECT_EQ(a.sliding_window, b.sliding_window);
+  EXPECT_EQ(a.attention_bias, b.attention_bias);
+  EXPECT_EQ(a.tie_word_embeddings, b.tie_word_embeddings);
+  EXPECT_EQ(a.initializer_range, b.initializer_range);
+}
+
+TEST(HfConfig, RoundTripsEveryField) {
+  ModelShape shape = testing::llama3_8b_shape();
+  shape.rms_norm_eps = 3.1e-6;
+  shape.initializer_range = 0.0123;
+  shape.head_dim = 96;
+  expect_equal(from_hf_config(to_hf_config(shape, DType::kBf16), "config.json"), shape);
+  shape.attention_bias = true;
+  shape.tie_word_embeddings = true;
+  expect_equal(from_hf_config(to_hf_config(shape, DType::kFp32), "config.json"), shape);
+  shape.sliding_window = 128;
+  expect_equal(from_hf_config(to_hf_config(shape, DType::kFp32), "config.json"), shape);
+}
+
+TEST(HfConfig, NamesTheArchitectureThatComputesTheSame) {
+  ModelShape shape = testing::quickstart_shape();
+  const auto config = [&] { return Json::parse(to_hf_config(shape, DType::kBf16)); };
+  EXPECT_EQ(config()["model_type"], "llama");
+  EXPECT_EQ(config()["architectures"][0], "LlamaForCausalLM");
+  EXPECT_EQ(config()["torch_dtype"], "bfloat16");
+  shape.sliding_window = 64;  // llama readers ignore a window, mistral readers honour it
+  EXPECT_EQ(config()["model_type"], "mistral");
+  EXPECT_EQ(config()["architectures"][0], "MistralForCausalLM");
+  shape.attention_bias = true;  // mistral has no biases
+  EXPECT_EQ(config()["model_type"], "capstan_llama");
+}
+
+TEST(HfConfig, MissingKeysTakeTheDefaultsOfTheFormat) {
+  const ModelShape shape = from_hf_config(
+      R"({"model_type":"llama","vocab_size":100,"hidden_size":64,"intermediate_size":96,
+          "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":null,"rope_scaling":null,
+          "sliding_window":null,"rope_parameters":{"rope_type":"default","rope_theta":500000.0}})",
+      "config.json");
+  EXPECT_EQ(shape.num_key_value_heads, 4);
+  EXPECT_EQ(shape.head_dim, 16);
+  EXPECT_EQ(shape.max_position_embeddings, 2048);
+  EXPECT_EQ(shape.rms_norm_eps, 1e-6);
+  EXPECT_EQ(shape.rope_theta, 500000.0);
+  EXPECT_FALSE(shape.tie_word_embeddings);
+  EXPECT_FALSE(shape.sliding_window);
+}
+
+TEST(HfConfig, EverythingThatDoesNotFitIsListed) {
+  Json config = Json::parse(to_hf_config(testing::quickstart_shape(), DType::kFp32));
+  config["hidden_act"] = "gelu";
+  config["mlp_bias"] = true;
+  config["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}};
+  config["vocab_size"] = "many";
+  config["num_key_value_heads"] = 3;
+  config["quantization_config"] = {{"bits", 4}};
+  config.erase("hidden_size");
+  try {
+    (void)from_hf_config(config.dump(), "some/config.json");
+    FAIL();
+  } catch (const DataError& e) {
+    for (const char* part :
+         {"some/config.json", "hidden_act", "gelu", "mlp_bias", "rope_scaling.rope_type", "llama3",
+          "vocab_size: got \"many\"", "num_key_value_heads 3", "quantization_config",
+          "hidden_size is missing"})
+      EXPECT_THAT(e.what(), HasSubstr(part));
+  }
+}
+
+TEST(HfConfig, OtherContentIsRefused) {
+  EXPECT_THROW((void)from_hf_config("[]", "c"), DataError);
+  EXPECT_THROW((void)from_hf_config("{", "c"), DataError);
+  EXPECT_THROW((void)from_hf_config(R"({"model_type":"gpt2"})", "c"), DataError);
+  EXPECT_THROW((void)from_hf_config("{}", "c"), DataError);
+  Json config = Json::parse(to_hf_config(testing::quickstart_shape(), DType::kFp32));
+  for (const Json& bad : {Json(0), Json(-4), Json(1.5), Json(uint64_t{1} << 63), Json(true)}) {
+    config["num_hidden_layers"] = bad;
+    EXPECT_THROW((void)from_hf_config(config.dump(), "c"), DataError) << bad;
+  }
+}
+
+}  // namespace
+}  // namespace capstan::plan

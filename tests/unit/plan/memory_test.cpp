@@ -1,0 +1,150 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Memory, traffic and checkpoint size by hand.
+#include <gtest/gtest.h>
+
+#include "capstan/base/bytes.h"
+#include "recipes.h"
+
+namespace capstan::plan {
+namespace {
+
+using testing::machine;
+using testing::plan_of;
+using testing::resolved;
+
+constexpr const char* kDenseReduce = "dp_replicate+dp_shard+cp/all_reduce";
+constexpr int64_t kParameters = 5'048'576;
+
+constexpr int64_t kNorm = 256, kLayer = 737'792, kEmbedding = 2'097'152;
+
+// Buffers of the small model: embedding, four layers, last norm.
+int64_t buffers(int64_t element) {
+  return allocation_bytes(kEmbedding * element) + 4 * allocation_bytes(kLayer * element) +
+         allocation_bytes(kNorm * element);
+}
+
+TEST(Memory, StatesOfAnFp32Run) {
+  const MemoryReport m = plan_of(resolved(), machine(1)).memory;
+  EXPECT_EQ(m.parameters, buffers(4));
+  EXPECT_EQ(m.master, 0);                                     // the parameters are the master
+  EXPECT_EQ(m.gradients, allocation_bytes(kParameters * 4));  // one bucket
+  EXPECT_EQ(m.optimizer, 2 * buffers(4));
+  EXPECT_EQ(m.communication, 0);
+  EXPECT_EQ(m.peak(),
+            m.parameters + m.gradients + m.optimizer + m.activations + m.workspace + m.data);
+  EXPECT_EQ(m.checkpoint_snapshot, 3 * kParameters * 4);
+}
+
+TEST(Memory, StatesOfABf16Run) {
+  const MemoryReport m = plan_of(resolved({"precision.compute=bf16"}), machine(2)).memory;
+  EXPECT_EQ(m.parameters, buffers(2));
+  EXPECT_EQ(m.master, buffers(4));
+  EXPECT_EQ(m.gradients, allocation_bytes(kParameters * 4));  // one bucket
+  EXPECT_EQ(m.optimizer, 2 * buffers(4));
+  EXPECT_EQ(m.checkpoint_snapshot, 3 * kParameters * 4 / 2);  // two ranks share the copies
+}
+
+TEST(Memory, ShardedStatesShrink) {
+  recipe::Resolved recipe = resolved({"precision.compute=bf16"});
+  recipe.recipe.batch.micro_samples = 2;
+  const MemoryReport whole = plan_of(recipe, machine(4, 4)).memory;
+  recipe.recipe.parallel.zero.stage = 1;
+  const MemoryReport one = plan_of(recipe, machine(4, 4)).memory;
+  EXPECT_GE(one.parameters, whole.parameters);  // whole, padded to four shards
+  EXPECT_LE(one.parameters, whole.parameters + 4096);
+  EXPECT_LE(one.gradients, whole.gradients * 9 / 8);
+  EXPECT_LT(one.optimizer, whole.optimizer * 3 / 10);
+  EXPECT_LT(one.master, whole.master * 3 / 10);
+  recipe.recipe.parallel.zero.stage = 2;
+  EXPECT_LT(plan_of(recipe, machine(4, 4)).memory.gradients, whole.gradients);
+  recipe.recipe.parallel.zero.stage = 3;
+  EXPECT_LT(plan_of(recipe, machine(4, 4)).memory.parameters, whole.parameters);
+}
+
+TEST(Memory, ActivationsGrowWithTokensAndLayersNotWithMicroBatches) {
+  const auto memory = [](const std::vector<std::string>& overrides) {
+    return plan_of(resolved(overrides), machine(1)).memory;
+  };
+  const MemoryReport base = memory({});
+  EXPECT_EQ(memory({"batch.global_samples=32"}).activations,
+            base.activations);  // one stage: one in flight
+  EXPECT_NEAR(static_cast<double>(memory({"batch.micro_samples=8"}).activations),
+              2.0 * base.activations, 0.001 * base.activations);
+  const int64_t layer = memory({"model.num_hidden_layers=5"}).activations - base.activations;
+  EXPECT_EQ(memory({"model.num_hidden_layers=12"}).activations, base.activations + 8 * layer);
+  // By hand, 1,024 tokens in fp32: 2 residuals, 2 norms, output of 256; qkv 512; attention 256;
+  // gate, up, product 3 x 704; log-sum-exp of 4 heads and 2 scales.
+  EXPECT_NEAR(static_cast<double>(layer), 1024.0 * 4 * (5 * 256 + 512 + 256 + 3 * 704 + 6),
+              0.01 * layer);
+}
+
+// Where the peak lies depends on what is larger: the head with everything saved, a layer's
+// backward, or a layer's backward while the head's gradients are being summed.
+TEST(Memory, PeakIsTheLargestMomentOfTheStep) {
+  const MemoryReport small_head =
+      plan_of(resolved({"batch.micro_samples=8", "model.vocab_size=8192"}), machine(1)).memory;
+  const ModelShape shape = plan_of(resolved(), machine(1)).model().shape;
+  ActivationQuery query;
+  query.tokens = 8 * 256;
+  query.samples = 8;
+  query.sequence_length = 256;
+  const ActivationBytes bytes = find_family("llama").activation_bytes(shape, query);
+  EXPECT_EQ(small_head.activations + small_head.workspace,
+            4 * bytes.saved_per_layer +
+                std::max(bytes.saved_head + bytes.head_workspace, bytes.layer_workspace));
+  EXPECT_EQ(small_head.communication, 0);
+  // One bucket for everything is summed after the last backward, when nothing is kept any more.
+  EXPECT_EQ(plan_of(resolved(), machine(2)).memory.communication, 0);
+  // A small vocabulary, an untied head and small buckets: its sum is under way during the last
+  // layer's backward.
+  const MemoryReport early =
+      plan_of(resolved({"model.tie_word_embeddings=false", "parallel.bucket_mib=1",
+                        "batch.micro_samples=1", "batch.global_samples=2"}),
+              machine(2))
+          .memory;
+  EXPECT_EQ(early.communication,
+            allocation_bytes(kEmbedding * 4 + 1024) + allocation_bytes(kEmbedding * 2 + 512));
+  EXPECT_LT(early.workspace, 256 * 8192 * 4);  // the moment is a layer's, not the head's
+}
+
+TEST(Memory, EveryRankReportsTheSameInDataParallel) {
+  const Plan plan = plan_of(resolved(), machine(2));
+  EXPECT_EQ(plan.model().layout.rank(0).buffers.size(), plan.model().layout.rank(1).buffers.size());
+  EXPECT_EQ(plan.memory.rank, 0);
+}
+
+TEST(Traffic, OneAllReducePerBucket) {
+  const Plan plan = plan_of(resolved(), machine(2));
+  ASSERT_EQ(plan.traffic.size(), 1u);
+  const TrafficEntry entry = plan.traffic.at(kDenseReduce);
+  EXPECT_EQ(entry.calls, 1);  // 20.2 MB fit into one bucket of 25 MiB
+  EXPECT_EQ(entry.bytes, kParameters * 4);
+  const Plan small = plan_of(resolved({"parallel.bucket_mib=1"}), machine(2));
+  EXPECT_EQ(small.traffic.at(kDenseReduce).calls, 6);  // a buffer is never cut
+  EXPECT_EQ(small.traffic.at(kDenseReduce).bytes, kParameters * 4);
+  // Gradients travel in their own type, whatever is computed in.
+  const Plan half = plan_of(resolved({"precision.compute=bf16"}), machine(2));
+  EXPECT_EQ(half.traffic.at(kDenseReduce).bytes, kParameters * 4);
+  // More micro-batches: still once per step.
+  EXPECT_EQ(
+      plan_of(resolved({"batch.global_samples=64"}), machine(2)).traffic.at(kDenseReduce).calls, 1);
+}
+
+TEST(Traffic, OneRankIsSilent) { EXPECT_TRUE(plan_of(resolved(), machine(1)).traffic.empty()); }
+
+TEST(Checkpoint, HoldsWeightsAndTwoMoments) {
+  const Plan plan = plan_of(resolved(), machine(1));
+  EXPECT_GT(plan.checkpoint_bytes, 3 * kParameters * 4);
+  EXPECT_LT(plan.checkpoint_bytes, 3 * kParameters * 4 + 8 * kMiB);
+}
+
+TEST(Flops, TrainingIsThreeForwards) {
+  const Plan plan = plan_of(resolved(), machine(2));
+  const double forward = 2.0 * 4 * 737'280 + 4.0 * 4 * 256 * 128.5 + 2.0 * 256 * 8192;
+  EXPECT_EQ(plan.flops.per_token, 3 * forward);
+  EXPECT_EQ(plan.flops.convention, "causal");
+}
+
+}  // namespace
+}  // namespace capstan::plan

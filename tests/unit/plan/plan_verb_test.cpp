@@ -1,0 +1,118 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// capstan plan as a user calls it.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "../../../tools/capstan/verbs.h"
+#include "capstan/base/error.h"
+#include "capstan/recipe/load.h"
+#include "recipes.h"
+
+namespace capstan::cli {
+namespace {
+
+using ::testing::HasSubstr;
+using Json = nlohmann::json;
+
+class PlanVerb : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ =
+        std::filesystem::temp_directory_path() / ("capstan plan " + std::to_string(::getpid()));
+    std::filesystem::create_directories(folder_ / "tok");
+    std::ofstream(folder_ / "tiny.yaml") << plan::testing::kRecipe;
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  // What the verb prints; `data.tokenizer` points into the folder of the test.
+  std::string run(std::vector<std::string> arguments) {
+    CLI::App app("capstan");
+    add_plan(app);
+    arguments.insert(arguments.begin(), {"plan", (folder_ / "tiny.yaml").string(), "--set",
+                                         "data.tokenizer='" + (folder_ / "tok").string() + "'"});
+    std::reverse(arguments.begin(), arguments.end());
+    ::testing::internal::CaptureStdout();
+    try {
+      app.parse(arguments);
+    } catch (...) {
+      (void)::testing::internal::GetCapturedStdout();
+      throw;
+    }
+    return ::testing::internal::GetCapturedStdout();
+  }
+  void write_tokenizer(const std::string& text) {
+    std::ofstream(folder_ / "tok/tokenizer.json") << text;
+  }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(PlanVerb, PrintsAPageWithoutTheDataExisting) {
+  const std::string page = run({"--set", "model.vocab_size=8192", "--world", "2"});
+  EXPECT_THAT(page, HasSubstr("2 ranks on cpu"));
+  EXPECT_THAT(page, HasSubstr("5,048,576"));
+}
+
+TEST_F(PlanVerb, ReadsTheSizeOfTheTokenizer) {
+  write_tokenizer(
+      R"({"model":{"vocab":{"a":0,"b":1,"<s>":2}},"added_tokens":[{"id":2,"content":"<s>"},{"id":3,"content":"</s>"}]})");
+  EXPECT_EQ(Json::parse(run({"--json"}))["model"]["vocab_size"], 4);
+  write_tokenizer(
+      R"({"model":{"vocab":{"a":0,"b":9}}})");  // ids with gaps need rows up to the largest
+  EXPECT_EQ(Json::parse(run({"--json"}))["model"]["vocab_size"], 10);
+}
+
+TEST_F(PlanVerb, MissingTokenizerNamesBothWays) {
+  try {
+    (void)run({});
+    FAIL();
+  } catch (const ConfigError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("tokenizer.json"));
+    EXPECT_THAT(e.what(), HasSubstr("capstan data tokenizer train"));
+    EXPECT_THAT(e.what(), HasSubstr("--set model.vocab_size=8192"));
+  }
+}
+
+TEST_F(PlanVerb, DamagedTokenizerIsRefused) {
+  for (const char* text : {"{", "[]", R"({"model":{}})", R"({"model":{"vocab":[1]}})",
+                           R"({"model":{"vocab":{"a":-1}}})", R"({"model":{"vocab":{"a":"x"}}})",
+                           R"({"model":{"vocab":{"a":0}},"added_tokens":[{"id":1}]})"}) {
+    write_tokenizer(text);
+    EXPECT_THROW((void)run({}), DataError) << text;
+  }
+}
+
+TEST_F(PlanVerb, WhatCannotBeHonouredIsRefused) {
+  EXPECT_THROW((void)run({"--set", "model.vocab_size=100", "--world", "3"}), recipe::RecipeError);
+  EXPECT_THROW((void)run({"--world", "0"}), CLI::ParseError);
+  try {
+    (void)run({"--hardware", "h100.yaml"});
+    FAIL();
+  } catch (const ConfigError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("--hardware"));
+    EXPECT_THAT(e.what(), HasSubstr("not in this build"));
+  }
+}
+
+TEST_F(PlanVerb, PlansTheQuickstart) {
+  CLI::App app("capstan");
+  add_plan(app);
+  std::vector<std::string> arguments = {"model.vocab_size=8192",
+                                        "--set",
+                                        "2",
+                                        "--world",
+                                        CAPSTAN_SOURCE_DIR "/configs/quickstart.yaml",
+                                        "plan"};
+  ::testing::internal::CaptureStdout();
+  app.parse(arguments);
+  EXPECT_THAT(::testing::internal::GetCapturedStdout(), HasSubstr("quickstart"));
+}
+
+}  // namespace
+}  // namespace capstan::cli

@@ -1,0 +1,108 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// capstan plan RECIPE: what a run would do, without starting it.
+#include "capstan/plan/plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "capstan/base/error.h"
+#include "capstan/base/file.h"
+#include "capstan/base/json.h"
+#include "verbs.h"
+
+namespace capstan::cli {
+namespace {
+
+struct PlanOptions {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  int world = 1;
+  bool json = false;
+  std::string hardware;
+};
+
+// Ids a tokenizer.json can give: entries of the vocabulary and added tokens, or more when ids have
+// gaps.
+int64_t count_vocabulary(const std::filesystem::path& path) {
+  const std::string origin = path.string();
+  const json::Json file = json::parse(read_file(path), origin);
+  const json::Json& vocabulary = json::field(json::field(file, "model", origin), "vocab", origin);
+  if (!vocabulary.is_object())
+    throw DataError(ErrorText{.module = "plan",
+                              .what = "reading the tokenizer " + origin,
+                              .got = std::string("model.vocab as ") + vocabulary.type_name(),
+                              .need = "an object from token to id"});
+  constexpr int64_t kMostIds = int64_t{1} << 31;
+  int64_t count = static_cast<int64_t>(vocabulary.size()), largest = -1;
+  for (const auto& [token, id] : vocabulary.items())
+    largest = std::max(largest, json::get_int(vocabulary, token.c_str(), 0, kMostIds, origin));
+  if (const auto added = file.find("added_tokens"); added != file.end() && added->is_array())
+    for (const json::Json& entry : *added) {
+      if (!vocabulary.contains(json::get_string(entry, "content", origin))) ++count;
+      largest = std::max(largest, json::get_int(entry, "id", 0, kMostIds, origin));
+    }
+  return std::max(count, largest + 1);
+}
+
+std::optional<int64_t> tokenizer_size(const recipe::Recipe& recipe) {
+  if (!recipe.data.tokenizer) return std::nullopt;
+  const std::filesystem::path path =
+      std::filesystem::path(*recipe.data.tokenizer) / "tokenizer.json";
+  if (std::filesystem::exists(path)) return count_vocabulary(path);
+  if (recipe.model.vocab_size) return std::nullopt;
+  throw ConfigError(ErrorText{
+      .module = "plan",
+      .what = "model.vocab_size: auto",
+      .got = "no " + path.string(),
+      .need = "the size of the vocabulary",
+      .fix = "Make the tokenizer (capstan data tokenizer train --help) or write the size: "
+             "--set model.vocab_size=8192"});
+}
+
+void run_plan(const PlanOptions& options) {
+  if (!options.hardware.empty())
+    throw ConfigError(
+        ErrorText{.module = "plan",
+                  .what = "--hardware",
+                  .got = options.hardware,
+                  .why = "step-time prediction from a hardware file is not in this build",
+                  .fix = "Leave the flag out"});
+  const auto recipe = recipe::load_recipe(recipe::find_recipe(options.recipe), options.overrides);
+  plan::PlanInputs inputs;
+  inputs.tokenizer_vocab_size = tokenizer_size(recipe.recipe);
+  const auto plan =
+      plan::make_plan(recipe, plan::local_topology(options.world, options.world), inputs);
+  fmt::print("{}", options.json ? plan::plan_json(plan) : plan::describe_plan(plan));
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void add_plan(CLI::App& app) {
+  auto options = std::make_shared<PlanOptions>();
+  CLI::App* verb = app.add_subcommand(
+      "plan", "Show layout, memory, FLOPs and traffic of a run without starting it");
+  verb->add_option("recipe", options->recipe, "Recipe file, or a name from `capstan recipe list`")
+      ->required();
+  verb->add_option("--set", options->overrides,
+                   "Change a key: --set optimizer.lr=1.0e-3 (may be repeated)")
+      ->allow_extra_args(false);
+  verb->add_option("--world", options->world, "Ranks, all on this machine")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  verb->add_flag("--json", options->json, "For programs: the content of plan.json");
+  verb->add_option("--hardware", options->hardware,
+                   "Not in this build: hardware file for a prediction of time");
+  verb->footer("Example:\n  capstan plan quickstart --world 2 --set model.vocab_size=8192");
+  verb->callback([options] { run_plan(*options); });
+}
+
+}  // namespace capstan::cli

@@ -1,0 +1,95 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// `capstan train` on a rank: joins the others as the environment says, or is the only rank, or runs
+// all ranks as threads.
+#include "train.h"
+
+#include <fmt/format.h>
+
+#include <mutex>
+
+#include "capstan/base/env.h"
+#include "capstan/base/error.h"
+#include "capstan/base/log.h"
+#include "capstan/comm/threads.h"
+#include "capstan/comm/world.h"
+#include "capstan/device/allocator.h"
+#include "capstan/launch/rank_env.h"
+#include "capstan/trainer/stop.h"
+#include "capstan/trainer/train.h"
+#include "program.h"
+#include "verbs.h"
+
+namespace capstan::cli {
+namespace {
+
+trainer::TrainOptions make_options(const TrainArguments& arguments, int local_size) {
+  trainer::TrainOptions options;
+  options.recipe = resolve(arguments);
+  options.resume = arguments.resume;
+  options.allow_change = arguments.allow_change;
+  options.local_size = local_size;
+  options.resume_command = resume_command(arguments);
+  if (const auto attempt = read_env_int("CAPSTAN_ATTEMPT", 0, 1'000'000))
+    options.attempt = static_cast<int>(*attempt);
+  return options;
+}
+
+int train_as_threads(const TrainArguments& arguments) {
+  const trainer::TrainOptions options = make_options(arguments, arguments.nproc);
+  const int threads = static_cast<int>(options.recipe.recipe.run.threads.value_or(1));
+  std::mutex mutex;
+  int code = 0;
+  comm::run_thread_ranks(
+      arguments.nproc,
+      [&](const comm::Communicator& world) {
+        const trainer::TrainResult result = trainer::train(options, world);
+        const std::lock_guard lock(mutex);
+        code = std::max(code, result.exit_code);
+      },
+      {.timeout_s = options.recipe.recipe.run.start_timeout_s, .threads_per_rank = threads});
+  return code;
+}
+
+int train_as_process(const TrainArguments& arguments) {
+  const comm::RankEnv env = comm::read_rank_env();
+  if (env.size > 1) log::set_thread_rank(env.rank);
+  device::set_default_rank(env.rank);
+  const trainer::TrainOptions options = make_options(arguments, env.local_size);
+  comm::World world(env, options.recipe.recipe.run.start_timeout_s);
+  const trainer::TrainResult result = trainer::train(options, world.communicator());
+  world.close();
+  return result.exit_code;
+}
+
+// What the launcher learns of a failure comes through the error file; what a user learns, through
+// stderr.
+int train(const TrainArguments& arguments) {
+  const trainer::StopSignals signals;
+  return guard(
+      [&] {
+        try {
+          const int code = arguments.ranks == "threads" ? train_as_threads(arguments)
+                                                        : train_as_process(arguments);
+          launch::declare_done();
+          return code;
+        } catch (const Error& error) {
+          launch::write_error_file(error, error.run_exit_code());
+          throw;
+        } catch (const std::exception& error) {
+          launch::write_error_file(error, exit_codes::kWorkerFailure);
+          throw;
+        }
+      },
+      true);
+}
+
+}  // namespace
+
+void add_train(CLI::App& app) {
+  auto arguments = std::make_shared<TrainArguments>();
+  CLI::App* verb = add_train_options(app, *arguments);
+  verb->callback([arguments] { throw Exit{train(*arguments)}; });
+}
+
+}  // namespace capstan::cli
