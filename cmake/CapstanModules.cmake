@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: Capstan contributors
 # SPDX-License-Identifier: Apache-2.0
-# capstan_add_module(name [TORCH] SOURCES ... [MODULES ...] [LIBRARIES ...]): OBJECT library capstan_<name>, collected into
-# libcapstan_base.so (torch-free) or libcapstan.so (TORCH). MODULES states what it includes; tests/lint holds it to the module table.
+# capstan_add_module(name [TORCH] SOURCES ... [PLAIN ...] [MODULES ...] [LIBRARIES ...]): OBJECT library capstan_<name>, collected
+# into libcapstan_base.so (torch-free) or libcapstan.so (TORCH). PLAIN: further sources of a TORCH module, which include no torch
+# header and so do without the precompiled one, whose use alone costs seconds. MODULES states what it includes; tests/lint holds it to the module table.
 # capstan_add_test(name [TORCH] SOURCES ... [LABELS ...] [LIBRARIES ...] [PROCESSORS n] [TIMEOUT s]): GoogleTest program.
 set_property(GLOBAL PROPERTY CAPSTAN_BASE_MODULES "")
 set_property(GLOBAL PROPERTY CAPSTAN_TORCH_MODULES "")
@@ -15,15 +16,18 @@ function(capstan_module_enabled name out)
 endfunction()
 
 function(capstan_add_module name)
-  cmake_parse_arguments(arg "TORCH" "" "SOURCES;MODULES;LIBRARIES" ${ARGN})
+  cmake_parse_arguments(arg "TORCH" "" "SOURCES;PLAIN;MODULES;LIBRARIES" ${ARGN})
   set(target capstan_${name})
-  add_library(${target} OBJECT ${arg_SOURCES})
+  add_library(${target} OBJECT ${arg_SOURCES} ${arg_PLAIN})
   add_library(capstan::${name} ALIAS ${target})
   target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR}/include PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_link_libraries(${target} PRIVATE capstan_build_flags PUBLIC fmt::fmt ${arg_LIBRARIES})
   if(arg_TORCH)
     target_link_libraries(${target} PUBLIC capstan::torch_cpu)
     target_precompile_headers(${target} REUSE_FROM capstan_torch_pch)
+    if(arg_PLAIN)
+      set_source_files_properties(${arg_PLAIN} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+    endif()
     set_property(GLOBAL APPEND PROPERTY CAPSTAN_TORCH_MODULES ${target})
   else()
     set_property(GLOBAL APPEND PROPERTY CAPSTAN_BASE_MODULES ${target})

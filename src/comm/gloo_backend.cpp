@@ -3,6 +3,7 @@
 #include "comm/gloo_backend_internal.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
 #include <numeric>

@@ -3,6 +3,7 @@
 #include "comm/single_backend_internal.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "capstan/base/check.h"
 #include "capstan/base/log.h"

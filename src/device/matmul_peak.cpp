@@ -3,6 +3,7 @@
 #include "capstan/device/matmul_peak.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>

@@ -7,11 +7,13 @@
 #include <cmath>
 #include <utility>
 
+#include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/base/hash.h"
 #include "capstan/base/trace.h"
 #include "capstan/optim/grad_norm.h"
 #include "capstan/optim/optimizer.h"
+#include "capstan/parallel/context_split.h"
 #include "engine/executor_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
@@ -30,25 +32,40 @@ parallel::BucketHooks bucket_hooks(const EngineHooks& hooks) {
   return out;
 }
 
+// Weights without gradients and moments: every block is frozen.
+plan::Plan frozen(plan::Plan plan) {
+  plan::ModelPlan& model = plan.models.at(kModel);
+  plan::LayoutOptions options = model.layout.options();
+  options.frozen_blocks.clear();
+  for (int block = 0; block < model.shape.num_blocks(); ++block)
+    options.frozen_blocks.push_back(block);
+  model.layout = plan::Layout(model.shape, model.table(), std::move(options));
+  return plan;
+}
+
 }  // namespace
 
 struct Engine::Impl {
-  Impl(const plan::Plan& plan_in, mesh::Mesh& mesh_in, const EngineHooks& hooks)
-      : plan(plan_in),
+  Impl(const plan::Plan& plan_in, mesh::Mesh& mesh_in, const EngineOptions& options)
+      : plan(options.trains ? plan_in : frozen(plan_in)),
         mesh(mesh_in),
-        model(parallel::parallelize(plan, kModel, mesh, bucket_hooks(hooks))),
+        model(parallel::parallelize(plan, kModel, mesh, bucket_hooks(options.hooks))),
         control(plan),
-        executor(plan, model, mesh.coord().pp, hooks.trace),
+        executor(plan, model, mesh, options.hooks.trace),
         data(mesh.along(plan::kDenseAxes).control()),
+        stage(mesh.along(plan::kDenseAxes | plan::Axis::kTp).control()),
+        context(mesh.along(plan::Axis::kCp)),
+        pipeline(mesh.along(plan::Axis::kPp).control()),
         world(mesh.world().control()) {
     for (size_t i = 0; i < model.stores.size(); ++i) {
       auto& store = *model.stores[i];
-      store.initialize(static_cast<uint64_t>(plan.resolved.run.seed), kModel);
+      if (options.initializes)
+        store.initialize(static_cast<uint64_t>(plan.resolved.run.seed), kModel);
       if (!store.layout().trainable) continue;
       shards.push_back(store.shard());
       shard_stores.push_back(i);
     }
-    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
+    if (options.trains) optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
   }
 
   // Loss, gradient squares and flags of all ranks in one small reduction.
@@ -56,13 +73,42 @@ struct Engine::Impl {
     const auto squares = optim::sum_of_squares(shards);
     const Tensor sums = at::empty({4}, at::kDouble);
     auto* s = sums.data_ptr<double>();
-    // Tensor-parallel ranks compute the same loss; one of them counts it.
+    // Tensor-parallel ranks compute the same loss; one of them counts it. Ranks without the last
+    // stage have none.
     s[0] = mesh.coord().tp == 0 ? local_loss : 0.0;
     s[1] = squares.counted;
     s[2] = std::isfinite(local_loss) ? 0 : 1;
     s[3] = squares.is_finite ? 0 : 1;
     world.all_reduce(sums).wait();
     return {s[0], s[1], s[2] == 0, s[3] == 0, target_tokens};
+  }
+
+  // What only ranks of the last stage have, on all.
+  [[nodiscard]] Tensor from_last_stage(const Tensor& made, const std::vector<int64_t>& shape,
+                                       at::ScalarType type) const {
+    if (pipeline.size() == 1) return made;
+    Tensor whole = made.defined() ? made : at::empty(shape, type);
+    CAPSTAN_CHECK(whole.scalar_type() == type && whole.sizes() == at::IntArrayRef(shape),
+                  "the last stage made {} of another shape or type", c10::toString(type));
+    pipeline.broadcast(whole, executor.last_pipeline_rank()).wait();
+    return whole;
+  }
+
+  // Scores of whole rows out of this rank's part of them.
+  [[nodiscard]] Tensor whole_rows(const Tensor& part_BT, const MicroBatch& batch) const {
+    const bool wide = plan.precision.compute == DType::kFp64;
+    const Tensor mine_BT =
+        from_last_stage(part_BT, batch.ids_BT.sizes().vec(), wide ? at::kDouble : at::kFloat);
+    if (context.size() == 1) return mine_BT;
+    Tensor all = at::empty({context.size() * mine_BT.size(0), mine_BT.size(1)}, mine_BT.options());
+    context.control().all_gather(all, mine_BT.contiguous()).wait();
+    return parallel::join_sequence(all.chunk(context.size(), 0));
+  }
+
+  [[nodiscard]] param::Context without_gradient(param::Mode mode, const param::RowMap& rows) const {
+    param::Context made{.key = {}, .mode = mode, .rows = &rows};
+    if (model.balance) made.routers = model.balance->states();
+    return made;
   }
 
   void apply(const StepControl::Update& update) {
@@ -76,20 +122,21 @@ struct Engine::Impl {
   parallel::ParallelModel model;
   StepControl control;
   Executor executor;
-  comm::Communicator data, world;
+  comm::Communicator data, stage, context, pipeline, world;
   std::vector<parallel::Shard> shards;  // trainable ones
   std::vector<size_t> shard_stores;     // their stores
   std::unique_ptr<optim::Optimizer> optimizer;
   EvalReport eval;
 };
 
-Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineHooks hooks)
-    : impl_(std::make_unique<Impl>(plan, mesh, hooks)) {}
+Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineOptions options)
+    : impl_(std::make_unique<Impl>(plan, mesh, options)) {}
 Engine::~Engine() = default;
 
-StepReport Engine::step(const std::vector<MicroBatch>& batches, const Objective& objective) {
+StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& objective) {
   Impl& e = *impl_;
-  check_batches(batches, e.plan.batch);
+  check_batches(rows, e.plan.batch);
+  const auto batches = cut_rows(rows, e.context.size(), e.context.rank());
   // What weights are divided by must be known before any forward.
   const Tensor counts = at::empty({2}, at::kDouble);
   auto* c = counts.data_ptr<double>();
@@ -99,24 +146,29 @@ StepReport Engine::step(const std::vector<MicroBatch>& batches, const Objective&
   const StepWork work{&batches, &objective, c[0], e.control.loss_scale()};
   StepControl::Verdict verdict;
   e.executor.run(work, [&](double local_loss) {
-    e.model.buckets->wait();
+    e.model.buckets->finish_step();
     verdict = e.control.close_step(e.sum_over_ranks(local_loss, static_cast<int64_t>(c[1])));
     if (verdict.update.apply) e.apply(verdict.update);
+    if (e.model.balance)
+      verdict.report.experts = e.model.balance->finish_step(e.stage, verdict.update.apply);
   });
   e.control.check_divergence(verdict.report);
   return std::move(verdict.report);
 }
 
-void Engine::evaluate(const MicroBatch& batch,
-                      const std::function<void(const Tensor&)>& per_token) {
+void Engine::evaluate(const MicroBatch& rows, const std::function<void(const Tensor&)>& per_token) {
   Impl& e = *impl_;
-  check_batch(batch);
-  const param::Context context{.key = {}, .mode = param::Mode::kEval, .rows = &batch.rows};
-  const Tensor logprob_BT = e.executor.eval_logprob(context, batch);
-  const Tensor is_target_BT = batch.targets_BT.ne(kIgnoredTarget);
-  e.eval.loss_sum -= at::where(is_target_BT, logprob_BT.to(at::kDouble), 0.0).sum().item<double>();
-  e.eval.target_tokens += is_target_BT.sum().item<int64_t>();
-  if (per_token) per_token(logprob_BT);
+  check_batch(rows);
+  const MicroBatch batch = cut_rows(rows, e.context.size(), e.context.rank());
+  const param::Context context = e.without_gradient(param::Mode::kEval, batch.rows);
+  Tensor logprob_BT = e.executor.eval_logprob(context, batch);
+  if (logprob_BT.defined() && e.mesh.coord().tp == 0) {
+    const Tensor is_target_BT = batch.targets_BT.ne(kIgnoredTarget);
+    e.eval.loss_sum -=
+        at::where(is_target_BT, logprob_BT.to(at::kDouble), 0.0).sum().item<double>();
+    e.eval.target_tokens += is_target_BT.sum().item<int64_t>();
+  }
+  if (per_token) per_token(e.whole_rows(logprob_BT, batch));
 }
 
 EvalReport Engine::report_eval() {
@@ -126,7 +178,7 @@ EvalReport Engine::report_eval() {
   s[0] = e.eval.loss_sum;
   s[1] = static_cast<double>(e.eval.target_tokens);
   e.eval = {};
-  e.data.all_reduce(sums).wait();
+  e.world.all_reduce(sums).wait();
   return {s[0], static_cast<int64_t>(s[1])};
 }
 
@@ -138,16 +190,22 @@ Tensor Engine::next_logits(const Tensor& ids_BT, param::KvCache* cache) {
   for (int64_t b = 0; b < B; ++b) rows.samples.push_back(b);
   rows.positions_BT = at::arange(first, first + T, at::kLong).expand({B, T}).contiguous();
   rows.positions_are_rows = first == 0;
-  const param::Context context{.key = {},
-                               .mode = cache ? param::Mode::kDecode : param::Mode::kEval,
-                               .rows = &rows,
-                               .cache = cache};
-  return e.executor.logits(context, ids_BT, 1).squeeze(1);
+  // Rows are whole on every rank, with and without a cache.
+  param::Context context = e.without_gradient(param::Mode::kDecode, rows);
+  context.cache = cache;
+  Tensor logits_BV = e.executor.logits(context, ids_BT, 1);
+  if (logits_BV.defined()) logits_BV = logits_BV.squeeze(1).contiguous();
+  return e.from_last_stage(logits_BV, {B, e.plan.model().shape.vocab_size},
+                           parallel::scalar_type_of(e.plan.precision.compute));
 }
 
 std::vector<mesh::StateEntry> Engine::state_entries() {
   Impl& e = *impl_;
-  return list_state(e.model, *e.optimizer, e.shard_stores, e.mesh);
+  auto entries = list_state(e.model, e.optimizer.get(), e.shard_stores, e.mesh);
+  if (e.model.balance)
+    for (auto& entry : e.model.balance->state_entries(kModel, e.stage.rank() == 0))
+      entries.push_back(std::move(entry));
+  return entries;
 }
 
 EngineScalars Engine::scalars() const { return impl_->control.scalars(); }

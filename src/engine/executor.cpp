@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "capstan/base/check.h"
@@ -21,16 +23,29 @@ std::vector<Tensor> tensors_of(const nn::BlockIO& io) {
   return tensors;
 }
 
-// The input of the next graph: the same numbers, cut off from the graph that made them.
-Tensor as_leaf(const Tensor& made) {
+// The input of the next graph: the same numbers, cut off from the graph that made them. What is
+// run again has no graph yet.
+Tensor as_leaf(const Tensor& made, bool is_recomputed) {
   if (!made.defined()) return made;
-  return made.detach().set_requires_grad(made.requires_grad());
+  return made.detach().set_requires_grad(made.requires_grad() || is_recomputed);
 }
 
-nn::BlockIO as_leaves(const nn::BlockIO& made) {
-  nn::BlockIO leaves{as_leaf(made.hidden_BTD), as_leaf(made.residual_BTD), {}};
-  for (const auto& [name, tensor] : made.extras) leaves.extras[name] = as_leaf(tensor);
+nn::BlockIO as_leaves(const nn::BlockIO& made, bool is_recomputed) {
+  nn::BlockIO leaves{
+      as_leaf(made.hidden_BTD, is_recomputed), as_leaf(made.residual_BTD, is_recomputed), {}};
+  for (const auto& [name, tensor] : made.extras)
+    leaves.extras[name] = as_leaf(tensor, is_recomputed);
   return leaves;
+}
+
+// The residual stream as it leaves a stage.
+nn::BlockIO merged(const nn::BlockIO& made) {
+  CAPSTAN_CHECK(made.extras.empty(), "named extras do not travel between pipeline stages");
+  if (!made.hidden_BTD.defined()) return made;
+  return {
+      .hidden_BTD = {},
+      .residual_BTD = made.residual_BTD.add(made.hidden_BTD).to(made.residual_BTD.scalar_type()),
+      .extras = {}};
 }
 
 }  // namespace
@@ -53,102 +68,195 @@ class Executor::OpenBlock {
   const std::vector<int>& stores_;
 };
 
-Executor::Executor(const plan::Plan& plan, parallel::ParallelModel& model, int pipeline_rank,
+Executor::Executor(const plan::Plan& plan, parallel::ParallelModel& model, mesh::Mesh& mesh,
                    Trace trace)
     : plan_(plan),
       model_(model),
-      instructions_(plan.schedule.ranks.at(static_cast<size_t>(pipeline_rank))),
-      trace_(std::move(trace)),
-      passes_(count_passes()) {
+      pipeline_rank_(mesh.coord().pp),
+      stages_(plan.schedule.stages),
+      tensor_ranks_(plan.grid.sizes().tp),
+      instructions_(plan.schedule.ranks.at(static_cast<size_t>(pipeline_rank_))),
+      trace_(std::move(trace)) {
   for (const auto& store : model_.stores)
-    if (store->trainable(0)) anchors_.push_back(store->anchor());
-}
-
-std::vector<int> Executor::count_passes() const {
-  std::vector<int> passes(model_.stores.size(), 0);
-  for (const auto& instruction : instructions_) {
-    if (instruction.op != plan::Op::kBackward) continue;
-    for (const int block : model_.chunks.at(static_cast<size_t>(instruction.chunk)).blocks)
-      for (const int s : model_.stores_of_block.at(static_cast<size_t>(block)))
-        ++passes[static_cast<size_t>(s)];
-  }
-  return passes;
+    if (store->layout().trainable) anchors_.push_back(store->anchor());
 }
 
 void Executor::note(const char* what, int index) const {
   if (trace_) trace_(what, index);
 }
 
+bool Executor::ends_stage(int block) const {
+  for (const auto& chunk : model_.chunks)
+    if (chunk.blocks.back() == block) return block != model_.model.shape.head_block();
+  return false;
+}
+
+bool Executor::is_recomputed(int block) const {
+  return model_.recompute_blocks && block > 0 && block < model_.model.shape.head_block();
+}
+
+// The stage after (+1) or before (-1) a chunk's: its pipeline rank, and its chunk there.
+std::pair<int, int> Executor::neighbour(int chunk, int direction) const {
+  const int stage = model_.chunks.at(static_cast<size_t>(chunk)).stage + direction;
+  const int rank = plan_.schedule.rank_of.at(static_cast<size_t>(stage));
+  const auto& held = plan_.schedule.stage_of.at(static_cast<size_t>(rank));
+  return {rank, static_cast<int>(std::find(held.begin(), held.end(), stage) - held.begin())};
+}
+
+param::Context Executor::train_context(int micro_batch, const MicroBatch& batch,
+                                       const StepWork& work) const {
+  param::Context context{.key = {.seed = static_cast<uint64_t>(plan_.resolved.run.seed)},
+                         .mode = param::Mode::kTrain,
+                         .micro_batch = micro_batch,
+                         .rows = &batch.rows};
+  context.rows_of_step = static_cast<double>(plan_.batch.global_samples);
+  context.loss_scale = work.loss_scale;
+  if (model_.balance) {
+    context.stats = model_.balance.get();
+    context.routers = model_.balance->states();
+  }
+  return context;
+}
+
+// Memory for what travels between stages.
+Tensor Executor::boundary_like(const param::Context& context, const Tensor& ids_BT) const {
+  const bool cut = plan_.resolved.parallel.sequence && context.mode != param::Mode::kDecode;
+  const int64_t tokens = ids_BT.size(1) / (cut ? tensor_ranks_ : 1);
+  return at::empty({ids_BT.size(0), tokens, model_.model.shape.hidden_size},
+                   parallel::scalar_type_of(plan_.precision.residual));
+}
+
 double Executor::run(const StepWork& work, const std::function<void(double)>& finish) {
   loss_ = 0;
+  next_pass_ = 0;
   in_flight_.clear();  // a step that threw may have left something
-  model_.buckets->begin_step(passes_);
-  for (const auto& instruction : instructions_) {
-    if (instruction.op == plan::Op::kStep)
-      finish(loss_);
-    else
+  model_.queue->target = nullptr;
+  model_.buckets->begin_step();
+  for (instruction_ = 0; instruction_ < static_cast<int>(instructions_.size()); ++instruction_) {
+    const auto& instruction = instructions_[static_cast<size_t>(instruction_)];
+    if (instruction.op != plan::Op::kStep) {
       execute(instruction, work);
+      continue;
+    }
+    for (auto& sent : sends_) sent.wait();
+    sends_.clear();
+    finish(loss_);
   }
   return loss_;
 }
 
-void Executor::execute(const plan::Instruction& instruction, const StepWork& work) {
-  const auto& chunk = model_.chunks.at(static_cast<size_t>(instruction.chunk));
-  const auto key = std::pair(instruction.chunk, instruction.micro_batch);
-  switch (instruction.op) {
+void Executor::execute(const plan::Instruction& i, const StepWork& work) {
+  switch (i.op) {
     case plan::Op::kForward:
-      forward(chunk, in_flight_[key], work, instruction.micro_batch);
-      return;
+      return forward(i.chunk, i.micro_batch, work);
     case plan::Op::kBackward:
-      backward(chunk, in_flight_.at(key));
-      in_flight_.erase(key);
-      return;
-    case plan::Op::kReduce:
-      return;  // buckets are issued pass by pass, the last one already
-    default:
+      backward(i.chunk, i.micro_batch, work, false);
+      break;
+    case plan::Op::kBackwardInput:
+      backward(i.chunk, i.micro_batch, work, true);
+      break;
+    case plan::Op::kBackwardWeight:
+      return backward_weights(i.chunk, i.micro_batch);
+    case plan::Op::kReceiveActivation:
+    case plan::Op::kReceiveGradient:
+      return receive(i, work);
+    case plan::Op::kSendActivation:
+    case plan::Op::kSendGradient:
+      return send(i);
+    case plan::Op::kReduce:  // sums are issued pass by pass, the last one already
+    case plan::Op::kStep:
       break;
   }
-  CAPSTAN_CHECK(false, "schedule {} asks for {}", plan_.schedule.name,
-                plan::name_of(instruction.op));
+}
+
+void Executor::receive(const plan::Instruction& i, const StepWork& work) {
+  const MicroBatch& batch = work.batches->at(static_cast<size_t>(i.micro_batch));
+  const Tensor arriving = boundary_like(train_context(i.micro_batch, batch, work), batch.ids_BT);
+  const bool is_gradient = i.op == plan::Op::kReceiveGradient;
+  const auto& channel = is_gradient ? model_.links.gradients : model_.links.activations;
+  channel.recv(arriving, i.peer).wait();
+  InFlight& flight = in_flight_[{i.chunk, i.micro_batch}];
+  (is_gradient ? flight.output_gradient : flight.input) = arriving;
+}
+
+// Never waits; a buffer is kept until it has been received.
+void Executor::send(const plan::Instruction& i) {
+  sends_.remove_if([](const comm::Work& sent) { return sent.is_done(); });
+  InFlight& flight = in_flight_.at({i.chunk, i.micro_batch});
+  if (i.op == plan::Op::kSendActivation) {
+    const Tensor made = flight.blocks.back().out.residual_BTD.detach();
+    sends_.push_back(model_.links.activations.send(made.contiguous(), i.peer));
+    return;
+  }
+  sends_.push_back(model_.links.gradients.send(flight.input_gradient.contiguous(), i.peer));
+  flight.input_gradient = Tensor();
+}
+
+// A neighbouring stage on this rank gets the value without a transfer.
+void Executor::hand_over(int chunk, int micro_batch, bool is_gradient, const Tensor& value) {
+  const auto [rank, other] = neighbour(chunk, is_gradient ? -1 : 1);
+  if (rank != pipeline_rank_) return;
+  InFlight& flight = in_flight_[{other, micro_batch}];
+  (is_gradient ? flight.output_gradient : flight.input) = value;
 }
 
 nn::BlockIO Executor::run_block(int block, const param::Context& context, const nn::BlockIO& in,
                                 const Tensor& ids_BT) {
   const trace::Span span("compute", "forward");
-  const OpenBlock open(model_, block);
-  if (block == 0) return model_.model.embedding->forward(context, *model_.seams, ids_BT);
-  const auto& layer = model_.model.layers.at(static_cast<size_t>(block - 1));
-  return layer->forward(context, *model_.seams, in);
+  nn::BlockIO out;
+  if (block == 0)
+    out = model_.model.embedding->forward(context, *model_.seams, ids_BT);
+  else
+    out =
+        model_.model.layers.at(static_cast<size_t>(block - 1))->forward(context, *model_.seams, in);
+  return ends_stage(block) ? merged(out) : out;
 }
 
-void Executor::forward(const parallel::Chunk& chunk, InFlight& flight, const StepWork& work,
-                       int micro_batch) {
+// Starts the gathers of the blocks that run next, as many as the recipe says.
+void Executor::prefetch(const parallel::Chunk& chunk, size_t position, int direction) {
+  for (int64_t ahead = 1; ahead <= plan_.resolved.parallel.zero.prefetch; ++ahead) {
+    const int64_t next = static_cast<int64_t>(position) + direction * ahead;
+    if (next < 0 || next >= static_cast<int64_t>(chunk.blocks.size())) return;
+    const int block = chunk.blocks[static_cast<size_t>(next)];
+    if (direction < 0 && block == 0) return;  // the embedding's backward reads no weights
+    for (const int s : model_.stores_of_block.at(static_cast<size_t>(block))) {
+      parallel::FlatStore& store = *model_.stores[static_cast<size_t>(s)];
+      if (store.is_whole()) continue;
+      note("gather", block);
+      store.prefetch();
+    }
+  }
+}
+
+void Executor::forward(int chunk_index, int micro_batch, const StepWork& work) {
+  const auto& chunk = model_.chunks.at(static_cast<size_t>(chunk_index));
   const MicroBatch& batch = work.batches->at(static_cast<size_t>(micro_batch));
-  const param::Context context{
-      .key = {.seed = static_cast<uint64_t>(plan_.resolved.run.seed)},
-      .mode = param::Mode::kTrain,
-      .micro_batch = micro_batch,
-      .rows = &batch.rows,
-  };
-  const at::AutoGradMode with_graph(true);
+  const param::Context context = train_context(micro_batch, batch, work);
+  InFlight& flight = in_flight_[{chunk_index, micro_batch}];
   flight.blocks.resize(chunk.blocks.size());
+  if (flight.input.defined()) flight.input.set_requires_grad(true);
   for (size_t i = 0; i < chunk.blocks.size(); ++i) {
     const int block = chunk.blocks[i];
-    note("forward", block);
     BlockRun& run = flight.blocks[i];
-    if (i > 0) run.in = as_leaves(flight.blocks[i - 1].out);
+    run.in = i > 0 ? as_leaves(flight.blocks[i - 1].out, is_recomputed(chunk.blocks[i - 1]))
+                   : nn::BlockIO{.hidden_BTD = {}, .residual_BTD = flight.input, .extras = {}};
+    const OpenBlock open(model_, block);
+    prefetch(chunk, i, +1);
+    note("forward", block);
+    const at::AutoGradMode with_graph(!is_recomputed(block));
     if (block == model_.model.shape.head_block())
       score(context, flight, work, batch);
     else
       run.out = run_block(block, context, run.in, batch.ids_BT);
   }
+  if (chunk.stage + 1 < stages_)
+    hand_over(chunk_index, micro_batch, false, flight.blocks.back().out.residual_BTD.detach());
 }
 
 void Executor::score(const param::Context& context, InFlight& flight, const StepWork& work,
                      const MicroBatch& batch) {
   const trace::Span span("compute", "score");
   const nn::BlockIO& in = flight.blocks.back().in;
-  const OpenBlock open(model_, model_.model.shape.head_block());
   nn::ScoreRequest request;
   const Tensor weights_BT = work.objective->weights(batch, work.denominator);
   if (weights_BT.defined()) {
@@ -167,58 +275,138 @@ void Executor::score(const param::Context& context, InFlight& flight, const Step
   loss_ += flight.loss.item<double>();
 }
 
-void Executor::backward(const parallel::Chunk& chunk, InFlight& flight) {
+// Gradients of the block's inputs, by their place in tensors_of. Consumes the run: its graph lives
+// on in the roots only.
+std::vector<Tensor> Executor::backward_block(int block, BlockRun run, InFlight& flight,
+                                             std::vector<Tensor> gradients,
+                                             const param::Context& context,
+                                             const MicroBatch& batch) {
+  const trace::Span span("compute", "backward");
+  std::optional<OpenBlock> open;
+  if (block > 0) open.emplace(model_, block);
+  std::vector<Tensor> leaves, result = tensors_of(run.in);
+  std::vector<size_t> place;
+  for (size_t t = 0; t < result.size(); ++t) {
+    if (!result[t].defined() || !result[t].requires_grad()) continue;
+    leaves.push_back(result[t]);
+    place.push_back(t);
+  }
+  if (is_recomputed(block)) {
+    param::Context again = context;
+    again.mode = param::Mode::kRecompute;
+    again.stats = nullptr;
+    const at::AutoGradMode with_graph(true);
+    run.out = run_block(block, again, run.in, batch.ids_BT);
+  }
   Roots roots;
-  roots.add(flight.loss, at::full_like(flight.loss, flight.seed));
-  flight.loss = Tensor();
+  if (flight.loss.defined()) {
+    roots.add(flight.loss, at::full_like(flight.loss, flight.seed));
+    flight.loss = Tensor();
+  }
+  auto made = tensors_of(run.out);
+  for (size_t t = 0; t < gradients.size(); ++t)
+    roots.add(std::move(made[t]), std::move(gradients[t]));
+  made.clear();
+  run = {};
+  for (auto& tensor : result) tensor = Tensor();
+  auto found = differentiate(std::move(roots), leaves, anchors_);
+  for (size_t l = 0; l < leaves.size(); ++l) result[place[l]] = std::move(found[l]);
+  return result;
+}
+
+void Executor::backward(int chunk_index, int micro_batch, const StepWork& work,
+                        bool defer_weights) {
+  const auto& chunk = model_.chunks.at(static_cast<size_t>(chunk_index));
+  const MicroBatch& batch = work.batches->at(static_cast<size_t>(micro_batch));
+  const param::Context context = train_context(micro_batch, batch, work);
+  InFlight& flight = in_flight_.at({chunk_index, micro_batch});
+  model_.queue->target = defer_weights ? &flight.weight_work : nullptr;
+  std::vector<Tensor> gradients;
+  if (chunk.stage + 1 < stages_) gradients = {Tensor(), std::move(flight.output_gradient)};
   for (size_t i = chunk.blocks.size(); i-- > 0;) {
     const int block = chunk.blocks[i];
     note("backward", block);
-    // The leaves of this block are aliases of what the block before made.
-    std::vector<Tensor> leaves, made;
-    if (i > 0) {
-      const auto in = tensors_of(flight.blocks[i].in);
-      const auto out = tensors_of(flight.blocks[i - 1].out);
-      for (size_t t = 0; t < in.size(); ++t) {
-        if (!in[t].defined() || !in[t].requires_grad()) continue;
-        leaves.push_back(in[t]);
-        made.push_back(out[t]);
-      }
-      flight.blocks[i - 1].out = {};
-    }
-    flight.blocks[i] = {};  // the graph lives on in the roots only
-    std::vector<Tensor> gradients;
-    {
-      const trace::Span span("compute", "backward");
-      const OpenBlock open(model_, block);
-      gradients = differentiate(std::move(roots), leaves, anchors_);
-    }
-    roots = {};
-    for (size_t t = 0; t < made.size(); ++t) roots.add(std::move(made[t]), std::move(gradients[t]));
-    for (const int s : model_.stores_of_block.at(static_cast<size_t>(block)))
-      model_.buckets->pass_done(s);
+    BlockRun run = std::move(flight.blocks[i]);
+    flight.blocks.pop_back();
+    if (i == 0) flight.input = Tensor();
+    gradients = backward_block(block, std::move(run), flight, std::move(gradients), context, batch);
+    prefetch(chunk, i, -1);
+    if (!defer_weights) pass_done(block);
+  }
+  model_.queue->target = nullptr;
+  if (chunk.stage > 0) {
+    flight.input_gradient = gradients.at(1);
+    if (!flight.input_gradient.defined())
+      flight.input_gradient = boundary_like(context, batch.ids_BT).zero_();
+    if (neighbour(chunk_index, -1).first == pipeline_rank_)
+      hand_over(chunk_index, micro_batch, true, std::exchange(flight.input_gradient, Tensor()));
   }
 }
 
-nn::BlockIO Executor::forward_to_head(const param::Context& context, const Tensor& ids_BT) {
-  nn::BlockIO io;
-  for (int block = 0; block < model_.model.shape.head_block(); ++block)
-    io = run_block(block, context, io, ids_BT);
-  return io;
+void Executor::backward_weights(int chunk_index, int micro_batch) {
+  InFlight& flight = in_flight_.at({chunk_index, micro_batch});
+  const trace::Span span("compute", "backward weights");
+  for (; !flight.weight_work.empty(); flight.weight_work.pop_front()) flight.weight_work.front()();
+  const auto& blocks = model_.chunks.at(static_cast<size_t>(chunk_index)).blocks;
+  for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) pass_done(*block);
+}
+
+// The plan says which sums are complete after which pass.
+void Executor::pass_done(int block) {
+  CAPSTAN_CHECK(next_pass_ < model_.passes.size(), "more passes than planned, block {}", block);
+  const plan::GradientPass& pass = model_.passes[next_pass_++];
+  CAPSTAN_CHECK(pass.block == block && pass.instruction == instruction_,
+                "pass through block {} by instruction {}, planned is block {} by {}", block,
+                instruction_, pass.block, pass.instruction);
+  for (size_t i = 0; i < pass.complete.size(); ++i)
+    model_.buckets->complete(pass.complete[i], pass.is_last[i]);
+}
+
+Tensor Executor::forward_only(const param::Context& context, const Tensor& ids_BT,
+                              const HeadCall& head) {
+  const at::NoGradGuard no_graph;
+  Tensor result;
+  std::map<int, Tensor> arrived;  // by chunk
+  std::vector<comm::Work> sends;
+  for (int stage = 0; stage < stages_; ++stage) {
+    if (plan_.schedule.rank_of[static_cast<size_t>(stage)] != pipeline_rank_) continue;
+    const auto at = std::find_if(model_.chunks.begin(), model_.chunks.end(),
+                                 [&](const auto& chunk) { return chunk.stage == stage; });
+    const int index = static_cast<int>(at - model_.chunks.begin());
+    if (stage > 0 && !arrived[index].defined()) {
+      arrived[index] = boundary_like(context, ids_BT);
+      model_.links.activations.recv(arrived[index], neighbour(index, -1).first).wait();
+    }
+    nn::BlockIO io{.hidden_BTD = {}, .residual_BTD = arrived[index], .extras = {}};
+    for (size_t i = 0; i < at->blocks.size(); ++i) {
+      const OpenBlock open(model_, at->blocks[i]);
+      prefetch(*at, i, +1);
+      if (at->blocks[i] == model_.model.shape.head_block())
+        result = head(io);
+      else
+        io = run_block(at->blocks[i], context, io, ids_BT);
+    }
+    if (stage + 1 == stages_) continue;
+    const auto [next_rank, next_chunk] = neighbour(index, +1);
+    if (next_rank == pipeline_rank_)
+      arrived[next_chunk] = io.residual_BTD;
+    else
+      sends.push_back(model_.links.activations.send(io.residual_BTD.contiguous(), next_rank));
+  }
+  for (auto& sent : sends) sent.wait();
+  return result;
 }
 
 Tensor Executor::eval_logprob(const param::Context& context, const MicroBatch& batch) {
-  const at::NoGradGuard no_graph;
-  const nn::BlockIO io = forward_to_head(context, batch.ids_BT);
-  const OpenBlock open(model_, model_.model.shape.head_block());
-  return model_.model.head->score(context, *model_.seams, io, batch.targets_BT, {}).logprob_BT;
+  return forward_only(context, batch.ids_BT, [&](const nn::BlockIO& io) {
+    return model_.model.head->score(context, *model_.seams, io, batch.targets_BT, {}).logprob_BT;
+  });
 }
 
 Tensor Executor::logits(const param::Context& context, const Tensor& ids_BT, int64_t count) {
-  const at::NoGradGuard no_graph;
-  const nn::BlockIO io = forward_to_head(context, ids_BT);
-  const OpenBlock open(model_, model_.model.shape.head_block());
-  return model_.model.head->logits(context, *model_.seams, io, count);
+  return forward_only(context, ids_BT, [&](const nn::BlockIO& io) {
+    return model_.model.head->logits(context, *model_.seams, io, count);
+  });
 }
 
 }  // namespace capstan::engine

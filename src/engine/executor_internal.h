@@ -2,9 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Executor: runs the plan's instruction list of one rank. Every block is an autograd graph of its
 // own: forward detaches between blocks, backward goes block by block and drops a block's graph as
-// soon as it is through.
+// soon as it is through. Between stages one tensor travels: the residual stream with the last
+// block's output added.
 #pragma once
 #include <functional>
+#include <list>
 #include <map>
 #include <vector>
 
@@ -15,7 +17,7 @@ namespace capstan::engine {
 
 // What the passes of one optimizer step have in common.
 struct StepWork {
-  const std::vector<MicroBatch>* batches = nullptr;
+  const std::vector<MicroBatch>* batches = nullptr;  // this rank's part of the rows
   const Objective* objective = nullptr;
   double denominator = 1;  // over all ranks
   double loss_scale = 1;
@@ -24,49 +26,73 @@ struct StepWork {
 class Executor {
  public:
   using Trace = std::function<void(const char*, int)>;
-  // Both must outlive the executor.
-  Executor(const plan::Plan& plan, parallel::ParallelModel& model, int pipeline_rank, Trace trace);
+  // All must outlive the executor.
+  Executor(const plan::Plan& plan, parallel::ParallelModel& model, mesh::Mesh& mesh, Trace trace);
 
   // Forward and backward of all micro-batches; gradients are being summed when it returns. Returns
   // this rank's part of the step's loss, without loss scale. Calls finish at the plan's step
   // instruction.
   double run(const StepWork& work, const std::function<void(double loss)>& finish);
 
-  // Without graph. The input of the head for one micro-batch.
-  [[nodiscard]] nn::BlockIO forward_to_head(const param::Context& context, const Tensor& ids_BT);
+  // Without graph, through all stages. Results are undefined on ranks without the last stage.
+  // Collective over: pp (and the axes of the seams).
   [[nodiscard]] Tensor eval_logprob(const param::Context& context, const MicroBatch& batch);
   [[nodiscard]] Tensor logits(const param::Context& context, const Tensor& ids_BT, int64_t count);
+  [[nodiscard]] int last_pipeline_rank() const { return plan_.schedule.rank_of.back(); }
 
  private:
   struct BlockRun {
     nn::BlockIO in;   // leaves of the block's graph
-    nn::BlockIO out;  // of every block but the head
+    nn::BlockIO out;  // of every block but the head; without graph where it is run again
   };
   struct InFlight {
+    Tensor input;                  // of the first block, a leaf; undefined on the first stage
     std::vector<BlockRun> blocks;  // as in the chunk
     Tensor loss;                   // scaled, 0-d
     double seed = 1;               // gradient of the loss
+    Tensor output_gradient, input_gradient;
+    parallel::WeightQueue::Work weight_work;  // put off by a split backward
   };
   class OpenBlock;
+  using HeadCall = std::function<Tensor(const nn::BlockIO& in)>;
 
   void execute(const plan::Instruction& instruction, const StepWork& work);
-  void forward(const parallel::Chunk& chunk, InFlight& flight, const StepWork& work,
-               int micro_batch);
+  void receive(const plan::Instruction& instruction, const StepWork& work);
+  void send(const plan::Instruction& instruction);
+  void forward(int chunk, int micro_batch, const StepWork& work);
   void score(const param::Context& context, InFlight& flight, const StepWork& work,
              const MicroBatch& batch);
-  void backward(const parallel::Chunk& chunk, InFlight& flight);
+  void backward(int chunk, int micro_batch, const StepWork& work, bool defer_weights);
+  void backward_weights(int chunk, int micro_batch);
+  [[nodiscard]] std::vector<Tensor> backward_block(int block, BlockRun run, InFlight& flight,
+                                                   std::vector<Tensor> gradients,
+                                                   const param::Context& context,
+                                                   const MicroBatch& batch);
+  void hand_over(int chunk, int micro_batch, bool is_gradient, const Tensor& value);
+  void pass_done(int block);
+  void prefetch(const parallel::Chunk& chunk, size_t position, int direction);
   [[nodiscard]] nn::BlockIO run_block(int block, const param::Context& context,
                                       const nn::BlockIO& in, const Tensor& ids_BT);
-  [[nodiscard]] std::vector<int> count_passes() const;
+  [[nodiscard]] Tensor forward_only(const param::Context& context, const Tensor& ids_BT,
+                                    const HeadCall& head);
+  [[nodiscard]] Tensor boundary_like(const param::Context& context, const Tensor& ids_BT) const;
+  [[nodiscard]] param::Context train_context(int micro_batch, const MicroBatch& batch,
+                                             const StepWork& work) const;
+  [[nodiscard]] bool ends_stage(int block) const;
+  [[nodiscard]] bool is_recomputed(int block) const;
+  [[nodiscard]] std::pair<int, int> neighbour(int chunk, int direction) const;  // rank, chunk
   void note(const char* what, int index) const;
 
   const plan::Plan& plan_;
   parallel::ParallelModel& model_;
+  int pipeline_rank_, stages_, tensor_ranks_;
   const std::vector<plan::Instruction>& instructions_;
   Trace trace_;
-  std::vector<int> passes_;      // backward passes through each store in a step
   std::vector<Tensor> anchors_;  // of trainable stores: autograd must visit their ops
   std::map<std::pair<int, int>, InFlight> in_flight_;  // chunk, micro-batch
+  std::list<comm::Work> sends_;
+  int instruction_ = 0;  // being executed
+  size_t next_pass_ = 0;
   double loss_ = 0;
 };
 

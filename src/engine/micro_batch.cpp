@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "capstan/base/error.h"
+#include "capstan/parallel/context_split.h"
 #include "engine/micro_batch_internal.h"
 
 namespace capstan::engine {
@@ -62,6 +63,33 @@ void check_batches(const std::vector<MicroBatch>& batches, const plan::BatchPlan
     check_shape(batches[i].ids_BT, fmt::format("the token ids of micro-batch {}", i), shape);
     check_shape(batches[i].targets_BT, fmt::format("the targets of micro-batch {}", i), shape);
   }
+}
+
+MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank) {
+  if (ranks == 1) return rows;
+  const int64_t B = rows.ids_BT.size(0), T = rows.ids_BT.size(1);
+  if (T % (2 * ranks) != 0)
+    refuse("cutting rows over the context axis", fmt::format("{} tokens", T),
+           fmt::format("a multiple of 2 x parallel.context.size {}", ranks));
+  const auto part = [&](const Tensor& x_BT) {
+    return x_BT.defined() ? parallel::split_sequence(x_BT, ranks, rank) : x_BT;
+  };
+  MicroBatch batch{part(rows.ids_BT), part(rows.targets_BT), rows.rows};
+  const Tensor positions_BT = rows.rows.positions_BT.defined()
+                                  ? rows.rows.positions_BT
+                                  : at::arange(T, at::kLong).expand({B, T}).contiguous();
+  batch.rows.positions_BT = part(positions_BT);
+  batch.rows.first_key_BT = part(rows.rows.first_key_BT);
+  batch.rows.positions_are_rows = false;
+  batch.rows.row_index_T = parallel::context_row_index(T, ranks, rank);
+  batch.rows.row_length = T;
+  return batch;
+}
+
+std::vector<MicroBatch> cut_rows(const std::vector<MicroBatch>& rows, int ranks, int rank) {
+  std::vector<MicroBatch> batches;
+  for (const auto& row : rows) batches.push_back(cut_rows(row, ranks, rank));
+  return batches;
 }
 
 }  // namespace capstan::engine

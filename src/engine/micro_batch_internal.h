@@ -17,4 +17,9 @@ inline constexpr int64_t kIgnoredTarget = -100;
 void check_batches(const std::vector<MicroBatch>& batches, const plan::BatchPlan& plan);
 void check_batch(const MicroBatch& batch);
 
+// The part of whole rows that rank `rank` of the context axis works on (parallel/context_split.h).
+[[nodiscard]] MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank);
+[[nodiscard]] std::vector<MicroBatch> cut_rows(const std::vector<MicroBatch>& rows, int ranks,
+                                               int rank);
+
 }  // namespace capstan::engine

@@ -39,7 +39,7 @@ struct Lister {
   std::vector<mesh::StateEntry> entries;
 
   void add(const FlatStore& store, const std::string& kind, const Tensor& flat) {
-    const auto axes = store.layout().sum_axes;
+    const auto axes = store.layout().replica_axes();
     auto& share = writers.try_emplace(axes.bits(), mesh.size(axes)).first->second;
     const int64_t begin = store.shard().begin;
     for (const auto& piece :
@@ -77,16 +77,18 @@ uint64_t sum_run(const T* values, int64_t count, uint64_t key, int64_t global_in
 
 constexpr int64_t kTaskElements = 65536;
 
-// Over the real elements of one parameter, [begin, end) of its local elements.
-uint64_t sum_range(const FlatStore& store, int index, const Tensor& flat, int64_t begin,
+// Over the real elements of one parameter, [begin, end) of its local elements. `flat` begins at
+// element `origin` of the buffer.
+uint64_t sum_range(const FlatStore& store, int index, const parallel::Shard& shard, int64_t begin,
                    int64_t end) {
   const auto& local = store.local(index);
   const auto& spec = store.spec(index);
+  const Tensor& flat = shard.master;
   const uint64_t key = xxh3_64(spec.name, flat.element_size());
   uint64_t sum = 0;
   plan::for_each_run(local, spec.shape, begin, end, [&](int64_t global, int64_t at, int64_t count) {
     const auto* data = static_cast<const std::byte*>(flat.const_data_ptr()) +
-                       (local.flat_begin + at) * flat.element_size();
+                       (local.flat_begin - shard.begin + at) * flat.element_size();
     if (flat.element_size() == 8)
       sum += sum_run(reinterpret_cast<const uint64_t*>(data), count, key, global);
     else
@@ -96,16 +98,21 @@ uint64_t sum_range(const FlatStore& store, int index, const Tensor& flat, int64_
 }
 
 uint64_t sum_store(const FlatStore& store) {
-  const Tensor flat = store.shard().master;
+  const parallel::Shard shard = store.shard();
   uint64_t total = 0;
   for (int p = 0; p < static_cast<int>(store.layout().params.size()); ++p) {
-    if (!store.local(p).counted) continue;
-    const int64_t numel = store.local(p).numel();
-    std::vector<uint64_t> parts(static_cast<size_t>((numel + kTaskElements - 1) / kTaskElements));
+    const auto& local = store.local(p);
+    if (!local.counted) continue;
+    const int64_t first = std::max<int64_t>(0, shard.begin - local.flat_begin);
+    const int64_t last =
+        std::min(local.numel(), shard.begin + shard.master.numel() - local.flat_begin);
+    if (first >= last) continue;
+    std::vector<uint64_t> parts(
+        static_cast<size_t>((last - first + kTaskElements - 1) / kTaskElements));
     at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        parts[static_cast<size_t>(i)] =
-            sum_range(store, p, flat, i * kTaskElements, std::min(numel, (i + 1) * kTaskElements));
+        parts[static_cast<size_t>(i)] = sum_range(store, p, shard, first + i * kTaskElements,
+                                                  std::min(last, first + (i + 1) * kTaskElements));
     });
     for (const uint64_t part : parts) total += part;
   }
@@ -133,24 +140,34 @@ void check_replicas(uint64_t sum, const comm::Communicator& replicas) {
 }  // namespace
 
 std::vector<mesh::StateEntry> list_state(const parallel::ParallelModel& model,
-                                         optim::Optimizer& optimizer,
+                                         optim::Optimizer* optimizer,
                                          const std::vector<size_t>& optimizer_stores,
                                          mesh::Mesh& mesh) {
   Lister lister{model, mesh, {}, {}};
   for (const auto& store : model.stores) lister.add(*store, "model", store->shard().master);
-  for (const auto& state : optimizer.states())
+  if (!optimizer) return std::move(lister.entries);
+  for (const auto& state : optimizer->states())
     lister.add(*model.stores.at(optimizer_stores.at(state.shard)), "optimizer." + state.kind,
                state.values);
   return std::move(lister.entries);
 }
 
 std::string hash_weights(const parallel::ParallelModel& model, mesh::Mesh& mesh) {
-  // Dense weights are whole on each data-parallel rank; the first one's sum counts.
-  uint64_t sum = 0;
-  for (const auto& store : model.stores) sum += sum_store(*store);
-  check_replicas(sum, mesh.along(plan::kDenseAxes).control());
-  at::Tensor total =
-      at::full({1}, mesh.index(plan::kDenseAxes) == 0 ? static_cast<int64_t>(sum) : 0, at::kLong);
+  // What is equal along some axes counts once, on the first rank along them.
+  std::map<unsigned, std::pair<plan::AxisSet, uint64_t>> sums;
+  for (const auto& store : model.stores) {
+    const plan::AxisSet axes = store->layout().replica_axes();
+    auto& [same, sum] = sums[axes.bits()];
+    same = axes;
+    sum += sum_store(*store);
+  }
+  uint64_t own = 0;
+  for (const auto& [bits, group] : sums) {
+    const auto& [axes, sum] = group;
+    check_replicas(sum, mesh.along(axes).control());
+    if (mesh.index(axes) == 0) own += sum;
+  }
+  const at::Tensor total = at::full({1}, static_cast<int64_t>(own), at::kLong);
   mesh.world().control().all_reduce(total).wait();
   return hex64(static_cast<uint64_t>(total.item<int64_t>()));
 }

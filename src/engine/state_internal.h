@@ -12,9 +12,10 @@
 
 namespace capstan::engine {
 
-// optimizer_stores[i]: the store that the optimizer's shard i belongs to.
+// Without optimizer: weights only. optimizer_stores[i]: the store that the optimizer's shard i
+// belongs to.
 [[nodiscard]] std::vector<mesh::StateEntry> list_state(const parallel::ParallelModel& model,
-                                                       optim::Optimizer& optimizer,
+                                                       optim::Optimizer* optimizer,
                                                        const std::vector<size_t>& optimizer_stores,
                                                        mesh::Mesh& mesh);
 

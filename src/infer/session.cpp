@@ -21,7 +21,24 @@ namespace {
 // The model's own recipe, brought down to one rank of this machine.
 recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                 const std::vector<std::string>& overrides) {
-  std::vector<std::string> changes = {"parallel.data=auto", "run.threads=auto"};
+  std::vector<std::string> changes = {"parallel.data=auto",
+                                      "parallel.tensor=1",
+                                      "parallel.sequence=false",
+                                      "parallel.pipeline.size=1",
+                                      "parallel.pipeline.schedule=gpipe",
+                                      "parallel.pipeline.chunks=1",
+                                      "parallel.pipeline.split=auto",
+                                      "parallel.context.size=1",
+                                      "parallel.context.method=ring",
+                                      "parallel.expert=1",
+                                      "parallel.zero.stage=0",
+                                      "parallel.zero.shard_size=auto",
+                                      "parallel.zero.reduce=auto",
+                                      "parallel.zero.reshard_after_forward=true",
+                                      "parallel.zero.offload=none",
+                                      "parallel.recompute.mode=none",
+                                      "parallel.recompute.parts=[]",
+                                      "run.threads=auto"};
   changes.insert(changes.end(), overrides.begin(), overrides.end());
   return recipe::parse_recipe(checkpoint::read_step_file(step.path, "recipe.yaml"),
                               (step.path / "recipe.yaml").string(), changes);
@@ -81,7 +98,8 @@ Session::Session(const SessionOptions& options) : state_(std::make_unique<State>
       {.tokenizer_vocab_size =
            state_->tokenizer ? std::optional(state_->tokenizer->vocab_size()) : std::nullopt});
   device::set_threads(static_cast<int>(options.threads.value_or(device::recommended_threads(1))));
-  state_->engine = std::make_unique<engine::Engine>(state_->plan, state_->mesh);
+  state_->engine = std::make_unique<engine::Engine>(
+      state_->plan, state_->mesh, engine::EngineOptions{.trains = false, .initializes = false});
   std::vector<checkpoint::StateBlob> blobs = model_blobs(*state_->engine);
   (void)checkpoint::load_state(state_->step, blobs);
   state_->engine->restore(state_->engine->scalars());

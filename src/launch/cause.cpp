@@ -13,6 +13,7 @@
 #include "capstan/base/text.h"
 #include "capstan/launch/rank_env.h"
 #include "launch/cause_internal.h"
+#include "launch/log_file_internal.h"
 
 namespace capstan::launch::internal {
 
@@ -21,7 +22,7 @@ namespace {
 constexpr int64_t kTailBytes = 64 << 10;
 constexpr size_t kLineBytes = 1000, kMostLines = 20;
 
-std::string read_tail(const Path& path) {
+std::string read_end(const Path& path) {
   try {
     const auto file = capstan::open_file(path, O_RDONLY);
     const off_t size = ::lseek(file.get(), 0, SEEK_END);
@@ -33,6 +34,16 @@ std::string read_tail(const Path& path) {
   } catch (const Error&) {
     return "";
   }
+}
+
+std::string read_tail(const Path& log) {
+  std::string text;
+  const std::vector<Path> parts = log_parts(log);
+  for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
+    if (static_cast<int64_t>(text.size()) >= kTailBytes) break;
+    text.insert(0, read_end(*part));
+  }
+  return text;
 }
 
 // A terminal must not act on what a rank printed.

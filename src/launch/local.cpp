@@ -19,9 +19,9 @@
 #include "capstan/base/log.h"
 #include "capstan/launch/rank_env.h"
 #include "launch/cause_internal.h"
-#include "launch/console_tee_internal.h"
 #include "launch/guardian_internal.h"
 #include "launch/listen_internal.h"
+#include "launch/rank_output_internal.h"
 #include "launch/rank_process_internal.h"
 #include "launch/signal_pipe_internal.h"
 
@@ -39,6 +39,7 @@ constexpr int64_t kNever = INT64_MAX;
 // A rank that lost its connection may be seen before the one whose end cut it.
 constexpr double kSettleSeconds = 0.5;
 constexpr int kMostRanks = 4096;
+constexpr int64_t kLeastLogBytes = 4096;
 
 int64_t after(double seconds) { return monotonic_ns() + std::llround(seconds * 1e9); }
 
@@ -69,6 +70,10 @@ void check_launch(const LocalLaunch& launch) {
   if (launch.nproc < 1 || launch.nproc > kMostRanks) {
     refuse("starting ranks", fmt::format("nproc {}", launch.nproc),
            fmt::format("1 to {}", kMostRanks));
+  }
+  if (launch.log_limit_bytes < kLeastLogBytes) {
+    refuse("starting ranks", fmt::format("a log limit of {} bytes", launch.log_limit_bytes),
+           fmt::format("at least {}", kLeastLogBytes));
   }
   if (!(launch.grace_s >= 0 && launch.grace_s <= 1e6 && launch.crash_grace_s >= 0 &&
         launch.crash_grace_s <= 1e6)) {
@@ -157,7 +162,7 @@ class Supervisor {
   internal::Guardian guardian_;
   internal::Listener listener_;
   std::vector<Rank> ranks_;
-  std::vector<std::unique_ptr<internal::ConsoleTee>> tees_;
+  std::vector<std::unique_ptr<internal::RankOutput>> outputs_;
   bool stopping_ = false, hard_stop_ = false;
   int stop_signal_ = 0;
   int64_t stop_at_ = kNever;   // stop because of a failure
@@ -183,19 +188,15 @@ void Supervisor::start_rank(int rank, std::map<std::string, std::string> environ
   environment["CAPSTAN_ERROR_FILE"] = (folder / "error.json").native();
   internal::RankCommand command = {.rank = rank, .arguments = launch_.command};
   const bool tee = rank == 0 && launch_.tee_rank0;
-  capstan::Descriptor out, err;
-  if (tee) {
-    tees_.push_back(std::make_unique<internal::ConsoleTee>(folder / "stdout.log", STDOUT_FILENO));
-    tees_.push_back(std::make_unique<internal::ConsoleTee>(folder / "stderr.log", STDERR_FILENO));
-    command.out = tees_[0]->write_end();
-    command.err = tees_[1]->write_end();
-    if (::isatty(STDOUT_FILENO) == 1) environment["CAPSTAN_CONSOLE"] = "terminal";
-  } else {
-    out = capstan::open_file(folder / "stdout.log", O_WRONLY | O_CREAT | O_APPEND);
-    err = capstan::open_file(folder / "stderr.log", O_WRONLY | O_CREAT | O_APPEND);
-    command.out = out.get();
-    command.err = err.get();
-  }
+  const auto add_output = [&](const char* name, int console) -> internal::RankOutput& {
+    return *outputs_.emplace_back(std::make_unique<internal::RankOutput>(
+        folder / name, launch_.log_limit_bytes, tee ? console : -1));
+  };
+  internal::RankOutput& out = add_output("stdout.log", STDOUT_FILENO);
+  internal::RankOutput& err = add_output("stderr.log", STDERR_FILENO);
+  command.out = out.write_end();
+  command.err = err.write_end();
+  if (tee && ::isatty(STDOUT_FILENO) == 1) environment["CAPSTAN_CONSOLE"] = "terminal";
   if (rank == 0) {
     command.inherit = listener_.socket.get();
     environment["CAPSTAN_STORE_FD"] = std::to_string(command.inherit);
@@ -204,9 +205,8 @@ void Supervisor::start_rank(int rank, std::map<std::string, std::string> environ
   RankProcess process = RankProcess::start(command);
   guardian_.watch(process.pid());
   ranks_.push_back({std::move(process), {.rank = rank, .log_directory = folder}});
-  if (tee) {
-    for (const auto& one : tees_) one->start();
-  }
+  out.start();
+  err.start();
   // Only rank 0 may hold it: connections to a dead rank 0 must be refused, not queued here.
   if (rank == 0) listener_.socket.reset();
 }
@@ -223,7 +223,7 @@ LaunchResult Supervisor::run() {
     collect_ended();
     check_deadlines();
   }
-  tees_.clear();
+  outputs_.clear();  // when all that was printed has been copied
   return make_result();
 }
 

@@ -14,7 +14,8 @@ namespace {
 using plan::Axis;
 using plan::AxisSet;
 
-constexpr std::array kAxes = {Axis::kTp, Axis::kCp, Axis::kDpShard, Axis::kDpReplicate, Axis::kPp};
+constexpr std::array kAxes = {Axis::kTp, Axis::kCp, Axis::kDpShard, Axis::kDpReplicate,
+                              Axis::kPp, Axis::kEp, Axis::kEdpShard};
 
 // Axes of length one do not change a group.
 AxisSet without_trivial(const plan::Grid& grid, AxisSet axes) {
@@ -36,7 +37,8 @@ Mesh::Mesh(comm::Communicator world, const plan::Grid& grid)
                   .need = fmt::format("{}, the product of the axes", grid_.size())});
   for (const Axis axis : kAxes) (void)along(AxisSet(axis));
   const AxisSet replicate = Axis::kDpReplicate, shard = Axis::kDpShard, cp = Axis::kCp;
-  for (const AxisSet axes : {shard | cp, replicate | shard, replicate | shard | cp})
+  for (const AxisSet axes :
+       {shard | cp, replicate | shard, replicate | shard | cp, plan::kExpertDataAxes})
     (void)along(axes);
 }
 

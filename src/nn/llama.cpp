@@ -7,7 +7,6 @@
 
 #include <cmath>
 
-#include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/ops/norm.h"
 #include "capstan/ops/swiglu.h"
@@ -27,38 +26,17 @@ struct LlamaEmbedding final : Embedding {
   }
 };
 
-struct LlamaLayer final : Block {
-  int index = 0;
-  double eps = 0;
-  AttentionInput attention;  // heads of the whole model; local numbers follow from the weights
-  Param input_norm_D, post_norm_D;
-  Projection qkv, o, gate_up, down;
+struct LlamaLayer final : DecoderLayer {
+  Projection gate_up, down;
 
-  BlockIO forward(const Context& context, Seams& seams, const BlockIO& in) const override {
-    const auto before = ops::add_rms_norm(in.residual_BTD, in.hidden_BTD, input_norm_D, eps);
-    const Tensor attended_BTD = attend(context, seams, before.normed);
-    const auto between = ops::add_rms_norm(before.residual, attended_BTD, post_norm_D, eps);
-    return {.hidden_BTD = mlp(context, seams, between.normed),
-            .residual_BTD = between.residual,
-            .extras = in.extras};
-  }
+  LlamaLayer(const plan::ModelShape& shape, int number, const LayerParams& params)
+      : DecoderLayer(shape, number, params),
+        gate_up(params.projection({"mlp.gate_proj", "mlp.up_proj"})),
+        down(params.projection({"mlp.down_proj"})) {}
 
- private:
-  Tensor attend(const Context& context, Seams& seams, const Tensor& x_BTD) const {
-    const Tensor qkv_BTX = seams.column(context, x_BTD, {&qkv, 1}).front();
-    return seams.row(context, seams.attend(context, index, qkv_BTX, local_attention()), o);
-  }
-
-  Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const {
+  Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const override {
     const Tensor gate_up_BTF = seams.column(context, x_BTD, {&gate_up, 1}).front();
     return seams.row(context, ops::swiglu(gate_up_BTF), down);
-  }
-
-  AttentionInput local_attention() const {
-    AttentionInput local = attention;
-    local.query_heads = qkv.parts[0].local().local_shape[0] / attention.head_size;
-    local.key_value_heads = qkv.parts[1].local().local_shape[0] / attention.head_size;
-    return local;
   }
 };
 
@@ -76,62 +54,19 @@ struct LlamaHead final : Head {
   Tensor logits(const Context& context, Seams& seams, const BlockIO& in,
                 int64_t count) const override {
     const at::NoGradGuard no_grad;
-    const int64_t tokens = in.residual_BTD.size(1);
-    CAPSTAN_CHECK(count >= 1 && count <= tokens, "logits of {} positions of {}", count, tokens);
     const auto tail = [&](const Tensor& x) {
-      return x.defined() ? x.narrow(1, tokens - count, count) : x;
+      return x.defined() ? seams.last_tokens(context, x, count) : x;
     };
     const auto last = ops::add_rms_norm(tail(in.residual_BTD), tail(in.hidden_BTD), norm_D, eps);
     return seams.logits(context, last.normed, head);
   }
 };
 
-// Weights of one layer by their names.
-struct LayerParams {
-  const FindParam& find;
-  std::string prefix;
-  bool attention_bias;
-
-  Param weight(const std::string& name) const { return find(prefix + name + ".weight"); }
-  Projection projection(std::initializer_list<const char*> names, bool with_bias) const {
-    Projection result;
-    for (const char* name : names) {
-      result.parts.push_back(weight(name));
-      if (with_bias) result.bias.push_back(find(prefix + name + ".bias"));
-    }
-    return result;
-  }
-};
-
-std::unique_ptr<Block> build_layer(const plan::ModelShape& shape, int index,
-                                   const FindParam& find) {
-  const LayerParams params{find, "model.layers." + std::to_string(index) + ".",
-                           shape.attention_bias};
-  auto layer = std::make_unique<LlamaLayer>();
-  layer->index = index;
-  layer->eps = shape.rms_norm_eps;
-  layer->attention = {.query_heads = shape.num_attention_heads,
-                      .key_value_heads = shape.num_key_value_heads,
-                      .head_size = shape.head_dim,
-                      .rope_theta = shape.rope_theta,
-                      .max_positions = shape.max_position_embeddings,
-                      .spec = {.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim)),
-                               .sliding_window = shape.sliding_window}};
-  layer->input_norm_D = params.weight("input_layernorm");
-  layer->post_norm_D = params.weight("post_attention_layernorm");
-  layer->qkv = params.projection({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
-                                 shape.attention_bias);
-  layer->o = params.projection({"self_attn.o_proj"}, shape.attention_bias);
-  layer->gate_up = params.projection({"mlp.gate_proj", "mlp.up_proj"}, false);
-  layer->down = params.projection({"mlp.down_proj"}, false);
-  return layer;
-}
-
 void check_shape(const plan::ModelShape& shape) {
   if (shape.hidden_act == "silu" && shape.head_dim % 2 == 0) return;
   throw ConfigError(ErrorText{
       .module = "nn",
-      .what = "building a Llama model",
+      .what = "building a " + shape.family + " model",
       .got = "hidden_act '" + shape.hidden_act + "', head_dim " + std::to_string(shape.head_dim),
       .need = "silu and an even head_dim",
       .why = "the MLP is SwiGLU and RoPE turns pairs",
@@ -140,8 +75,54 @@ void check_shape(const plan::ModelShape& shape) {
 
 }  // namespace
 
-Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
-                  const FindParam& find) {
+Projection LayerParams::projection(const std::vector<std::string>& names, bool with_bias) const {
+  Projection result;
+  for (const std::string& name : names) {
+    result.parts.push_back(weight(name));
+    if (with_bias) result.bias.push_back(find(prefix + name + ".bias"));
+  }
+  return result;
+}
+
+DecoderLayer::DecoderLayer(const plan::ModelShape& shape, int layer, const LayerParams& params)
+    : index(layer),
+      eps(shape.rms_norm_eps),
+      attention{.query_heads = shape.num_attention_heads,
+                .key_value_heads = shape.num_key_value_heads,
+                .head_size = shape.head_dim,
+                .rope_theta = shape.rope_theta,
+                .max_positions = shape.max_position_embeddings,
+                .spec = {.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim)),
+                         .sliding_window = shape.sliding_window}},
+      input_norm_D(params.weight("input_layernorm")),
+      post_norm_D(params.weight("post_attention_layernorm")),
+      qkv(params.projection({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+                            shape.attention_bias)),
+      o(params.projection({"self_attn.o_proj"}, shape.attention_bias)) {}
+
+BlockIO DecoderLayer::forward(const Context& context, Seams& seams, const BlockIO& in) const {
+  const auto before = ops::add_rms_norm(in.residual_BTD, in.hidden_BTD, input_norm_D, eps);
+  const Tensor attended_BTD = attend(context, seams, before.normed);
+  const auto between = ops::add_rms_norm(before.residual, attended_BTD, post_norm_D, eps);
+  return {.hidden_BTD = mlp(context, seams, between.normed),
+          .residual_BTD = between.residual,
+          .extras = in.extras};
+}
+
+Tensor DecoderLayer::attend(const Context& context, Seams& seams, const Tensor& x_BTD) const {
+  const Tensor qkv_BTX = seams.column(context, x_BTD, {&qkv, 1}).front();
+  return seams.row(context, seams.attend(context, index, qkv_BTX, local_attention()), o);
+}
+
+AttentionInput DecoderLayer::local_attention() const {
+  AttentionInput local = attention;
+  local.query_heads = qkv.parts[0].local().local_shape[0] / attention.head_size;
+  local.key_value_heads = qkv.parts[1].local().local_shape[0] / attention.head_size;
+  return local;
+}
+
+Model build_decoder(const plan::ModelShape& shape, const ModelOptions& options,
+                    const FindParam& find, const LayerBuilder& layer) {
   check_shape(shape);
   Model model;
   model.shape = shape;
@@ -150,7 +131,7 @@ Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
   embedding->residual = options.residual;
   model.embedding = std::move(embedding);
   for (int i = 0; i < shape.num_hidden_layers; ++i)
-    model.layers.push_back(build_layer(shape, i, find));
+    model.layers.push_back(layer(i, LayerParams{find, "model.layers." + std::to_string(i) + "."}));
   auto head = std::make_unique<LlamaHead>();
   head->eps = shape.rms_norm_eps;
   head->norm_D = find("model.norm.weight");
@@ -158,6 +139,13 @@ Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
       find(shape.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")};
   model.head = std::move(head);
   return model;
+}
+
+Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
+                  const FindParam& find) {
+  return build_decoder(shape, options, find, [&](int index, const LayerParams& params) {
+    return std::make_unique<LlamaLayer>(shape, index, params);
+  });
 }
 
 }  // namespace capstan::nn

@@ -13,7 +13,8 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::string, ModelBuilder> builders = {{"llama", build_llama}};
+  std::map<std::string, ModelBuilder> builders = {
+      {"llama", build_llama}, {"mixtral", build_moe}, {"moe", build_moe}};
 };
 
 Registry& registry() {

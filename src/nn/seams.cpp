@@ -62,16 +62,21 @@ Tensor Seams::row(const Context&, const Tensor& y_BTO, const Projection& project
   return ops::linear(y_BTO, projection);
 }
 
-Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,
-                     const AttentionInput& in) {
+Tensor Seams::turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
+                         const AttentionInput& in) {
   const param::RowMap& rows = rows_of(context);
   CAPSTAN_CHECK(rows.positions_are_rows || rows.positions_BT.defined(),
                 "layer {}: positions are neither rows nor given", layer);
-  const Tensor turned_BTX =
-      ops::rope(qkv_BTX, rows.positions_are_rows ? Tensor() : rows.positions_BT,
-                {.theta = in.rope_theta,
-                 .head_size = in.head_size,
-                 .heads = in.query_heads + in.key_value_heads});
+  return ops::rope(qkv_BTX, rows.positions_are_rows ? Tensor() : rows.positions_BT,
+                   {.theta = in.rope_theta,
+                    .head_size = in.head_size,
+                    .heads = in.query_heads + in.key_value_heads});
+}
+
+Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,
+                     const AttentionInput& in) {
+  const Tensor turned_BTX = turn_heads(context, layer, qkv_BTX, in);
+  const param::RowMap& rows = rows_of(context);
   if (context.cache) return attend_cached(context, layer, turned_BTX, in);
   return ops::attention(
       turned_BTX, {in.query_heads, in.key_value_heads, in.head_size, in.spec.scale},
@@ -80,13 +85,26 @@ Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,
 
 TokenScores Seams::score(const Context&, const Tensor& hidden_BTD, const Projection& head,
                          const Tensor& targets_BT, const ScoreRequest& request) {
+  return score_tokens(hidden_BTD, head, targets_BT, request, {});
+}
+
+TokenScores Seams::score_tokens(const Tensor& hidden_BTD, const Projection& head,
+                                const Tensor& targets_BT, const ScoreRequest& request,
+                                const ops::VocabularyCut& cut) {
   if (request.weights_BT.defined()) {
     CAPSTAN_CHECK(!request.entropy, "entropy is not available with fixed token weights");
-    const auto weighted = ops::head_weighted_loss(hidden_BTD, head, targets_BT, request.weights_BT);
+    const auto weighted =
+        ops::head_weighted_loss(hidden_BTD, head, targets_BT, request.weights_BT, cut);
     return {.logprob_BT = weighted.logprob_BT, .entropy_BT = {}, .weighted_loss = weighted.loss};
   }
-  const auto scores = ops::head_scores(hidden_BTD, head, targets_BT, request.entropy);
+  const auto scores = ops::head_scores(hidden_BTD, head, targets_BT, request.entropy, cut);
   return {.logprob_BT = scores.logprob_BT, .entropy_BT = scores.entropy_BT, .weighted_loss = {}};
+}
+
+Tensor Seams::last_tokens(const Context&, const Tensor& x_BTD, int64_t count) {
+  const int64_t tokens = x_BTD.size(1);
+  CAPSTAN_CHECK(count >= 1 && count <= tokens, "the last {} of {} tokens", count, tokens);
+  return x_BTD.detach().narrow(1, tokens - count, count);
 }
 
 Tensor Seams::logits(const Context&, const Tensor& hidden_BTD, const Projection& head) {

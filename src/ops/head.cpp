@@ -28,6 +28,8 @@ int64_t real_rows(const Projection& head) {
 // The weight without vocabulary padding: padded rows have no logits at all.
 Tensor real_weight(const Projection& head) { return head.weight().narrow(0, 0, real_rows(head)); }
 
+int64_t vocabulary_of(const Projection& head) { return head.parts.front().spec().shape.at(0); }
+
 void check_targets(const Tensor& targets, int64_t vocab) {
   const auto* const target = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < targets.numel(); ++i)
@@ -40,16 +42,29 @@ void check_targets(const Tensor& targets, int64_t vocab) {
                                 .fix = "Prepare the data with the tokenizer of this model"});
 }
 
-// Tokens as rows, in chunks.
+Tensor gathered(const Tensor& x, const VocabularyCut& cut) {
+  return cut.gather ? cut.gather(x.detach()) : x.detach();
+}
+
+// Ranks that share a vocabulary go through the same chunks, whatever each holds of it.
+int64_t chunk_tokens(const Projection& head, const VocabularyCut& cut, int64_t tokens) {
+  const int64_t rows =
+      cut.is_cut() ? head.parts.front().local().local_shape.at(0) : real_rows(head);
+  return plan::head_chunk_tokens(rows, tokens);
+}
+
+// All tokens as rows, in chunks.
 struct Chunks {
   Tensor x_ND, targets_N, weight_VD;
+  int64_t first_row;  // global number of weight_VD's row 0
   int64_t size;
 
-  Chunks(const Tensor& x, const Projection& head, const Tensor& targets)
-      : x_ND(x.detach().reshape({-1, x.size(-1)})),
+  Chunks(const Tensor& x, const Projection& head, const Tensor& targets, const VocabularyCut& cut)
+      : x_ND(gathered(x, cut).reshape({-1, x.size(-1)})),
         targets_N(targets.to(at::kLong).reshape({-1}).contiguous()),
         weight_VD(real_weight(head)),
-        size(plan::head_chunk_tokens(weight_VD.size(0), x_ND.size(0))) {
+        first_row(head.parts.front().local().real.begin.at(0)),
+        size(chunk_tokens(head, cut, x_ND.size(0))) {
     CAPSTAN_CHECK(targets_N.numel() == x_ND.size(0), "head: {} targets for {} tokens",
                   targets_N.numel(), x_ND.size(0));
     CAPSTAN_CHECK(size > 0 || x_ND.size(0) == 0, "head: chunk of {} tokens", size);
@@ -90,25 +105,50 @@ void push_gradients(const Chunks& chunks, const Projection& head, const Tensor& 
   if (head.trainable()) accumulate_now(head, d_logits_nV, chunks.x_ND.narrow(0, first, n));
 }
 
-Tensor entropy_of(const Tensor& logits, const Tensor& lse, const Tensor& targets) {
+// Log-sum-exp and logit of the target over the whole vocabulary.
+struct RowScores {
+  Tensor lse_n, picked_n;
+  [[nodiscard]] Tensor logprob_of(const Tensor& targets) const {
+    return at::where(targets.ne(kIgnoreTarget), picked_n - lse_n, at::zeros_like(lse_n));
+  }
+};
+RowScores row_scores(const Tensor& logits, const Tensor& targets, int64_t first_row,
+                     const VocabularyCut& cut) {
+  const LogitStats stats = logit_stats(logits, targets, first_row);
+  if (!cut.is_cut()) return {stats.top_N + stats.sum_N.log(), stats.picked_N};
+  const Tensor top = stats.top_N.clone();
+  cut.max(top);
+  // A rank without columns has top -inf and sum 0, and so adds 0.
+  const Tensor sums_2n = at::stack({stats.sum_N * (stats.top_N - top).exp(), stats.picked_N});
+  cut.sum(sums_2n);
+  return {top + sums_2n[0].log(), sums_2n[1]};
+}
+
+Tensor entropy_of(const Tensor& logits, const Tensor& lse, const Tensor& targets,
+                  const VocabularyCut& cut) {
   const Tensor logp = logits.to(lse.scalar_type()) - lse.unsqueeze(1);
   const Tensor entropy = -(logp.exp() * logp).sum(1);
+  if (cut.is_cut()) cut.sum(entropy);
   return at::where(targets.ne(kIgnoreTarget), entropy, at::zeros_like(entropy));
 }
 
-// Adds the gradient that comes through the entropy: dH/dl = -p (log p + H).
-Tensor entropy_gradient(const Tensor& logits, const Tensor& lse, const Tensor& grad_n) {
-  const Tensor logp = logits.to(lse.scalar_type()) - lse.unsqueeze(1), p = logp.exp();
-  const Tensor entropy = -(p * logp).sum(1, true);
-  return -p * (logp + entropy) * grad_n.unsqueeze(1);
+// The gradient that comes through the entropy H: dH/dl = -p (log p + H).
+Tensor entropy_gradient(const Tensor& logits, const Tensor& lse, const Tensor& entropy,
+                        const Tensor& grad_n) {
+  const Tensor logp = logits.to(lse.scalar_type()) - lse.unsqueeze(1);
+  return -logp.exp() * (logp + entropy.unsqueeze(1)) * grad_n.unsqueeze(1);
 }
 
+struct SavedScores {
+  Tensor lse_N, entropy_N;  // entropy: undefined unless asked for
+};
 struct ScoreGradients {
   Tensor logprob_N, entropy_N;  // either may be undefined
 };
 
-Tensor scores_backward(const Chunks& chunks, const Projection& head, const Tensor& lse,
+Tensor scores_backward(const Chunks& chunks, const Projection& head, const SavedScores& scores,
                        const ScoreGradients& grads) {
+  const Tensor& lse = scores.lse_N;
   const Tensor dx_ND = at::empty_like(chunks.x_ND);
   const Tensor weights =
       grads.logprob_N.defined() ? -grads.logprob_N.contiguous() : at::zeros_like(lse);
@@ -117,39 +157,59 @@ Tensor scores_backward(const Chunks& chunks, const Projection& head, const Tenso
     Tensor extra;
     if (grads.entropy_N.defined()) {
       const Tensor g = grads.entropy_N.narrow(0, first, n);
-      extra =
-          entropy_gradient(logits, l, at::where(targets.ne(kIgnoreTarget), g, at::zeros_like(g)));
+      extra = entropy_gradient(logits, l, scores.entropy_N.narrow(0, first, n),
+                               at::where(targets.ne(kIgnoreTarget), g, at::zeros_like(g)));
     }
-    logits_to_gradient_(logits, l, targets, weights.narrow(0, first, n), 0);
+    logits_to_gradient_(logits, l, targets, weights.narrow(0, first, n), chunks.first_row);
     if (extra.defined()) logits.add_(extra);
     push_gradients(chunks, head, logits, first, dx_ND);
   });
   return dx_ND;
 }
 
+// The rows of one chunk. With weights the logits become their gradient.
+struct WeightedRows {
+  Tensor targets_n, weights_n, logprob_n;
+  int64_t first_row;
+};
+void weigh_rows_(const Tensor& logits, const WeightedRows& rows, const VocabularyCut& cut) {
+  if (!cut.is_cut()) return cross_entropy_(logits, rows.targets_n, rows.weights_n, rows.logprob_n);
+  const RowScores scores = row_scores(logits, rows.targets_n, rows.first_row, cut);
+  rows.logprob_n.copy_(scores.logprob_of(rows.targets_n));
+  if (rows.weights_n.defined())
+    logits_to_gradient_(logits, scores.lse_n, rows.targets_n, rows.weights_n, rows.first_row);
+}
+
+// From the rows of all tokens to the shape of this rank's x.
+Tensor input_gradient(const Tensor& dx_ND, const Tensor& targets, const Tensor& x,
+                      const VocabularyCut& cut) {
+  if (!cut.reduce) return dx_ND.view_as(x);
+  std::vector<int64_t> sizes = targets.sizes().vec();
+  sizes.push_back(dx_ND.size(1));
+  return cut.reduce(dx_ND.view(sizes)).view_as(x);
+}
+
 }  // namespace
 
-HeadScores head_scores(const Tensor& x, const Projection& head, const Tensor& targets,
-                       bool entropy) {
+HeadScores head_scores(const Tensor& x, const Projection& head, const Tensor& targets, bool entropy,
+                       const VocabularyCut& cut) {
   HeadScores out;
   Tensor lse_N;
   const Path chosen = path();
   {
     at::NoGradGuard no_grad;
-    const Chunks chunks(x, head, targets);
-    check_targets(chunks.targets_N, chunks.weight_VD.size(0));
+    const Chunks chunks(x, head, targets, cut);
+    check_targets(chunks.targets_N, vocabulary_of(head));
     const auto options = x.options().dtype(wide_dtype_of(x)).requires_grad(false);
     lse_N = at::empty({chunks.x_ND.size(0)}, options);
     out.logprob_BT = at::empty_like(lse_N);
     if (entropy) out.entropy_BT = at::empty_like(lse_N);
     chunks.for_each([&](const Tensor& logits, int64_t first, int64_t n) {
       const Tensor t = chunks.targets_N.narrow(0, first, n);
-      const LogitStats stats = logit_stats(logits, t, 0);
-      const Tensor lse = stats.top_N + stats.sum_N.log();
-      lse_N.narrow(0, first, n).copy_(lse);
-      out.logprob_BT.narrow(0, first, n)
-          .copy_(at::where(t.ne(kIgnoreTarget), stats.picked_N - lse, at::zeros_like(lse)));
-      if (entropy) out.entropy_BT.narrow(0, first, n).copy_(entropy_of(logits, lse, t));
+      const RowScores rows = row_scores(logits, t, chunks.first_row, cut);
+      lse_N.narrow(0, first, n).copy_(rows.lse_n);
+      out.logprob_BT.narrow(0, first, n).copy_(rows.logprob_of(t));
+      if (entropy) out.entropy_BT.narrow(0, first, n).copy_(entropy_of(logits, rows.lse_n, t, cut));
     });
     out.logprob_BT = out.logprob_BT.view(targets.sizes());
     if (entropy) out.entropy_BT = out.entropy_BT.view(targets.sizes());
@@ -159,42 +219,46 @@ HeadScores head_scores(const Tensor& x, const Projection& head, const Tensor& ta
   record(outputs, {"head_scores",
                    {x},
                    head.parts,
-                   {x, lse_N},
-                   [head, targets, chosen](const Tensors& saved, Tensors& grads) -> Tensors {
+                   {x, lse_N, out.entropy_BT},
+                   [head, targets, chosen, cut](const Tensors& saved, Tensors& grads) -> Tensors {
                      at::NoGradGuard no_grad;
                      const PathGuard guard(chosen);
                      const auto flat = [](const Tensor& g) {
                        return g.defined() ? g.reshape({-1}) : Tensor();
                      };
                      const Tensor dx = scores_backward(
-                         Chunks(saved[0], head, targets), head, saved[1],
+                         Chunks(saved[0], head, targets, cut), head, {saved[1], flat(saved[2])},
                          {flat(grads[0]), grads.size() > 1 ? flat(grads[1]) : Tensor()});
-                     return {dx.view_as(saved[0])};
+                     return {input_gradient(dx, targets, saved[0], cut)};
                    }});
   return out;
 }
 
 WeightedLoss head_weighted_loss(const Tensor& x, const Projection& head, const Tensor& targets,
-                                const Tensor& weights) {
+                                const Tensor& weights, const VocabularyCut& cut) {
   const bool wants_gradient = needs_backward({x}, head.parts);
   WeightedLoss out;
-  Tensor dx_ND;
+  Tensor dx;
   {
     at::NoGradGuard no_grad;
-    const Chunks chunks(x, head, targets);
-    check_targets(chunks.targets_N, chunks.weight_VD.size(0));
+    const Chunks chunks(x, head, targets, cut);
+    check_targets(chunks.targets_N, vocabulary_of(head));
     const auto wide = wide_dtype_of(x);
     const Tensor weights_N = weights.detach().to(wide).reshape({-1}).contiguous();
     CAPSTAN_CHECK(weights_N.numel() == chunks.x_ND.size(0), "head: {} weights for {} tokens",
                   weights_N.numel(), chunks.x_ND.size(0));
     const Tensor logprob_N = at::empty_like(weights_N);
-    if (wants_gradient) dx_ND = at::empty_like(chunks.x_ND);
+    const Tensor dx_ND = wants_gradient ? at::empty_like(chunks.x_ND) : Tensor();
     chunks.for_each([&](const Tensor& logits, int64_t first, int64_t n) {
-      cross_entropy_(logits, chunks.targets_N.narrow(0, first, n),
-                     wants_gradient ? weights_N.narrow(0, first, n) : Tensor(),
-                     logprob_N.narrow(0, first, n));
+      weigh_rows_(logits,
+                  {.targets_n = chunks.targets_N.narrow(0, first, n),
+                   .weights_n = wants_gradient ? weights_N.narrow(0, first, n) : Tensor(),
+                   .logprob_n = logprob_N.narrow(0, first, n),
+                   .first_row = chunks.first_row},
+                  cut);
       if (wants_gradient) push_gradients(chunks, head, logits, first, dx_ND);
     });
+    if (wants_gradient) dx = input_gradient(dx_ND, targets, x, cut);
     const Tensor counted =
         at::where(chunks.targets_N.ne(kIgnoreTarget), weights_N, at::zeros_like(weights_N));
     out.loss = -(counted.to(at::kDouble) * logprob_N.to(at::kDouble)).sum().to(wide);
@@ -204,7 +268,7 @@ WeightedLoss head_weighted_loss(const Tensor& x, const Projection& head, const T
     record(out.loss, {"head_weighted_loss",
                       {x},
                       head.parts,
-                      {dx_ND.view_as(x)},
+                      {dx},
                       [](const Tensors& saved, Tensors& grads) -> Tensors {
                         const double seed = grads[0].item<double>();
                         CAPSTAN_CHECK(

@@ -31,13 +31,6 @@ std::vector<Param> params_of(const Projection& projection, bool with_bias) {
   return params;
 }
 
-void accumulate_bias(const Projection& projection, const Tensor& grad) {
-  if (projection.bias.empty()) return;
-  const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor sum_O = at::sum(rows_of(grad), {0}, false, wide);
-  projection.accumulate_bias([sum_O](param::GradSlot& slot) { param::add_to_slot(slot, sum_O); });
-}
-
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O) {
@@ -71,13 +64,21 @@ void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tenso
   }
 }
 
+void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
+  if (projection.bias.empty()) return;
+  at::NoGradGuard no_grad;
+  const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor sum_O = at::sum(rows_of(grad), {0}, false, wide);
+  projection.accumulate_bias([sum_O](param::GradSlot& slot) { param::add_to_slot(slot, sum_O); });
+}
+
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
                             bool with_bias) {
   if (!projection.trainable()) return;
   const Tensor grad_NO = rows_of(grad).detach(), x_ND = rows_of(x).detach();
   projection.accumulate(
       [grad_NO, x_ND](param::GradSlot& slot) { add_outer_product(slot, grad_NO, x_ND); });
-  if (with_bias) accumulate_bias(projection, grad_NO);
+  if (with_bias) linear_bias_gradient(projection, grad_NO);
 }
 
 Tensor linear(const Tensor& x, const Projection& projection, bool with_bias) {
@@ -108,7 +109,7 @@ Tensor add_bias(const Tensor& y, const Projection& projection) {
                       projection.bias,
                       {},
                       [projection](const Tensors&, Tensors& grads) -> Tensors {
-                        accumulate_bias(projection, grads[0]);
+                        linear_bias_gradient(projection, grads[0]);
                         return {grads[0]};
                       }});
 }

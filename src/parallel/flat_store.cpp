@@ -14,9 +14,10 @@ namespace capstan::parallel {
 namespace {
 
 std::vector<ShardRange> ranges_of(const plan::FlatBuffer& layout,
-                                  const std::vector<plan::ParamSpec>& table, bool counts_in_norm) {
+                                  const std::vector<plan::ParamSpec>& table, int64_t begin,
+                                  int64_t end, bool counts_in_norm) {
   std::vector<ShardRange> ranges;
-  for (const auto& piece : plan::pieces_of(layout, table, 0, layout.numel)) {
+  for (const auto& piece : plan::pieces_of(layout, table, begin, end)) {
     const auto& local = layout.params[static_cast<size_t>(piece.param)];
     const auto& spec = table[static_cast<size_t>(local.spec)];
     const ShardRange range{piece.offset, piece.offset + piece.box.numel(), spec.decay,
@@ -56,25 +57,54 @@ StorageTypes storage_types(const plan::PrecisionPlan& precision) {
 }
 
 FlatStore::FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>& table,
-                     const StorageTypes& types, Tensor gradient, bool counts_in_norm)
+                     StoreOptions options, Tensor gradient)
     : layout_(std::move(layout)),
       table_(table),
-      counts_in_norm_(counts_in_norm),
+      options_(std::move(options)),
       gradient_(std::move(gradient)),
       is_written_(layout_.params.size(), false) {
-  CAPSTAN_CHECK(layout_.shards == 1, "block {} in {} shards", layout_.block, layout_.shards);
-  CAPSTAN_CHECK(gradient_.defined() == layout_.trainable, "block {}: gradients {}, trainable {}",
-                layout_.block, gradient_.defined(), layout_.trainable);
-  CAPSTAN_CHECK(
-      !gradient_.defined() ||
-          (gradient_.numel() == layout_.numel && gradient_.scalar_type() == types.gradients),
-      "block {}: {} gradient elements for {}", layout_.block, gradient_.numel(), layout_.numel);
-  master_ = at::zeros({layout_.numel}, types.master);
-  compute_ = types.compute == types.master ? master_ : at::zeros({layout_.numel}, types.compute);
+  const bool whole = options_.zero_stage == 0;
+  CAPSTAN_CHECK(layout_.shards == options_.shard.size(), "block {}: {} shards over {} ranks",
+                layout_.block, layout_.shards, options_.shard.size());
+  CAPSTAN_CHECK(gradient_.defined() == (layout_.trainable && whole),
+                "block {}: bucket memory {}, trainable {}, ZeRO stage {}", layout_.block,
+                gradient_.defined(), layout_.trainable, options_.zero_stage);
+  CAPSTAN_CHECK(!gradient_.defined() || (gradient_.numel() == layout_.numel &&
+                                         gradient_.scalar_type() == options_.types.gradients),
+                "block {}: {} gradient elements for {}", layout_.block, gradient_.numel(),
+                layout_.numel);
+  shard_numel_ = layout_.shard_numel();
+  shard_begin_ = shard_numel_ * options_.shard.rank();
   anchor_ = at::empty({0}, at::kFloat).requires_grad_(layout_.trainable);
+  allocate();
+}
+
+void FlatStore::allocate() {
+  const StorageTypes& types = options_.types;
+  const bool shares = types.compute == types.master && !options_.offload_optimizer;
+  if (options_.zero_stage < 3) {
+    full_ = at::zeros({layout_.numel}, types.compute);
+    copy_ = own_part(full_);
+    make_views();
+  } else {
+    copy_ = at::zeros({shard_numel_}, types.compute);
+  }
+  master_ = shares ? copy_ : at::zeros({shard_numel_}, types.master);
+  if (!layout_.trainable) return;
+  if (options_.zero_stage == 1) gradient_ = at::zeros({layout_.numel}, types.gradients);
+  if (options_.zero_stage >= 2) gradient_shard_ = at::zeros({shard_numel_}, types.gradients);
+  if (options_.offload_optimizer) host_gradient_ = at::zeros({shard_numel_}, types.gradients);
+}
+
+Tensor FlatStore::own_part(const Tensor& full) const {
+  return full.narrow(0, shard_begin_, shard_numel_);
+}
+
+void FlatStore::make_views() {
+  values_.clear();
   values_.reserve(layout_.params.size());
   for (size_t i = 0; i < layout_.params.size(); ++i)
-    values_.push_back(view(compute_, static_cast<int>(i)));
+    values_.push_back(view(full_, static_cast<int>(i)));
 }
 
 std::optional<int> FlatStore::find(const std::string& name) const {
@@ -84,7 +114,8 @@ std::optional<int> FlatStore::find(const std::string& name) const {
 }
 
 void FlatStore::initialize(uint64_t seed, const std::string& model) {
-  for (const auto& piece : plan::pieces_of(layout_, table_, 0, layout_.numel)) {
+  const int64_t end = shard_begin_ + shard_numel_;
+  for (const auto& piece : plan::pieces_of(layout_, table_, shard_begin_, end)) {
     const Tensor values =
         param::init_values(spec(piece.param), piece.box, seed, model, master_.scalar_type());
     master_.narrow(0, piece.offset, values.numel()).copy_(values.view(-1));
@@ -92,34 +123,116 @@ void FlatStore::initialize(uint64_t seed, const std::string& model) {
   refresh();
 }
 
+void FlatStore::prefetch() {
+  if (full_.defined()) return;
+  full_ = at::empty({layout_.numel}, options_.types.compute);
+  // Offloaded values come to the device first; the gather keeps what it reads alive.
+  gather_ = options_.shard.all_gather(full_, options_.offload_parameters ? copy_.clone() : copy_);
+  is_gathering_ = true;
+}
+
+void FlatStore::wait_for_gather() {
+  if (!std::exchange(is_gathering_, false)) return;
+  gather_.wait();
+  gather_ = {};
+  if (values_.empty()) make_views();
+}
+
+void FlatStore::open() {
+  prefetch();
+  wait_for_gather();
+  ++open_;
+}
+
 void FlatStore::close() {
   CAPSTAN_CHECK(open_ > 0, "block {} closed more often than opened", layout_.block);
-  --open_;
+  if (--open_ == 0 && !keeps_full_) drop_full();
+}
+
+// Whoever still reads a view of the gathered values keeps their memory.
+void FlatStore::drop_full() {
+  if (options_.zero_stage < 3 || open_ > 0) return;
+  wait_for_gather();  // of a prefetch that nobody used
+  values_.clear();
+  full_ = Tensor();
 }
 
 void FlatStore::begin_step() {
   std::fill(is_written_.begin(), is_written_.end(), false);
   finished_ = !layout_.trainable;
+  has_shard_sum_ = false;
+  keeps_full_ = !options_.reshard_after_forward;
 }
 
-void FlatStore::finish_gradient() {
+void FlatStore::end_step() {
+  keeps_full_ = false;
+  drop_full();
+  if (host_gradient_.defined()) host_gradient_.copy_(gradient_shard());
+}
+
+Tensor FlatStore::take_gradient(bool is_last_pass) {
   CAPSTAN_CHECK(!finished_, "gradients of block {} finished twice", layout_.block);
-  for (size_t i = 0; i < is_written_.size(); ++i)
-    if (!is_written_[i]) view(gradient_, static_cast<int>(i)).zero_();
-  finished_ = true;
+  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
+  const bool is_transient = options_.zero_stage >= 2;
+  // Padding of a fresh buffer is zeroed with everything that nobody wrote.
+  int64_t clean = 0;
+  const auto zero_to = [&](int64_t end) {
+    if (end > clean) gradient_.narrow(0, clean, end - clean).zero_();
+  };
+  for (size_t i = 0; i < is_written_.size(); ++i) {
+    const auto& param = layout_.params[i];
+    if (!is_written_[i]) continue;
+    zero_to(param.flat_begin);
+    clean = param.flat_begin + param.numel();
+  }
+  zero_to(layout_.numel);
+  std::fill(is_written_.begin(), is_written_.end(), false);
+  finished_ = is_last_pass;
+  return is_transient ? std::exchange(gradient_, Tensor()) : gradient_;
+}
+
+// The first sum of a step lands in the shard itself, later ones are added to it.
+Tensor FlatStore::reduction_target(const Tensor& taken) {
+  if (options_.zero_stage < 2) return own_part(taken);
+  const bool is_first = !std::exchange(has_shard_sum_, true);
+  return is_first ? gradient_shard_ : at::empty_like(gradient_shard_);
+}
+
+void FlatStore::add_to_shard(const Tensor& summed) {
+  if (options_.zero_stage >= 2 && !summed.is_same(gradient_shard_)) gradient_shard_.add_(summed);
+}
+
+Tensor FlatStore::gradient_shard() const {
+  if (!layout_.trainable) return {};
+  return gradient_shard_.defined() ? gradient_shard_ : own_part(gradient_);
 }
 
 Shard FlatStore::shard() const {
+  const bool copies = !copy_.is_same(master_) && !options_.offload_optimizer;
   return {.master = master_,
-          .copy = compute_.is_same(master_) ? Tensor() : compute_,
-          .gradient = gradient_,
-          .begin = 0,
-          .ranges = ranges_of(layout_, table_, counts_in_norm_),
+          .copy = copies ? copy_ : Tensor(),
+          .gradient = host_gradient_.defined() ? host_gradient_ : gradient_shard(),
+          .begin = shard_begin_,
+          .ranges = ranges_of(layout_, table_, shard_begin_, shard_begin_ + shard_numel_,
+                              options_.counts_in_norm),
           .update = layout_.update};
 }
 
+void FlatStore::publish() {
+  if (options_.offload_optimizer) copy_.copy_(master_);
+  ++version_;
+  if (options_.zero_stage == 3) {
+    drop_full();
+    CAPSTAN_CHECK(!full_.defined(), "block {} updated while it is open", layout_.block);
+  } else if (options_.zero_stage > 0 && options_.shard.size() > 1) {
+    wait_for_gather();
+    gather_ = options_.shard.all_gather(full_, copy_);
+    is_gathering_ = true;
+  }
+}
+
 void FlatStore::refresh() {
-  if (!compute_.is_same(master_)) compute_.copy_(master_);
+  if (!copy_.is_same(master_)) copy_.copy_(master_);
   publish();
 }
 
@@ -169,7 +282,7 @@ Tensor FlatStore::joined_value(std::span<const int> indices) const {
   if (indices.size() == 1) return value(indices.front());
   if (is_side_by_side(indices)) {
     CAPSTAN_CHECK(open_ > 0, "{} read while its block is closed", spec(indices.front()).name);
-    return joined_view(compute_, indices);
+    return joined_view(full_, indices);
   }
   std::vector<Tensor> parts;
   for (const int i : indices) parts.push_back(value(i));
@@ -181,8 +294,16 @@ void FlatStore::check_open_for_gradients(int index) const {
   CAPSTAN_CHECK(!finished_, "gradient of {} added after its bucket was reduced", spec(index).name);
 }
 
-void FlatStore::accumulate(int index, const param::AddGradient& add, param::When) {
+void FlatStore::accumulate(int index, const param::AddGradient& add, param::When when) {
+  if (is_deferred(when))
+    options_.queue->target->push_back([this, index, add] { accumulate_now(index, add); });
+  else
+    accumulate_now(index, add);
+}
+
+void FlatStore::accumulate_now(int index, const param::AddGradient& add) {
   check_open_for_gradients(index);
+  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
   param::GradSlot slot{view(gradient_, index), !is_written_[static_cast<size_t>(index)]};
   add(slot);
   is_written_[static_cast<size_t>(index)] = true;
@@ -200,8 +321,15 @@ void FlatStore::settle_overwrite(std::span<const int> indices) {
 
 void FlatStore::accumulate_joined(std::span<const int> indices, const param::AddGradient& add,
                                   param::When when) {
+  if (!is_deferred(when)) return accumulate_joined_now(indices, add);
+  options_.queue->target->push_back([this, own = std::vector<int>(indices.begin(), indices.end()),
+                                     add] { accumulate_joined_now(own, add); });
+}
+
+void FlatStore::accumulate_joined_now(std::span<const int> indices, const param::AddGradient& add) {
   CAPSTAN_CHECK(!indices.empty(), "no parameters to join");
   for (const int i : indices) check_open_for_gradients(i);
+  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
   if (is_side_by_side(indices)) {
     settle_overwrite(indices);
     param::GradSlot slot{joined_view(gradient_, indices),
@@ -218,8 +346,7 @@ void FlatStore::accumulate_joined(std::span<const int> indices, const param::Add
   for (const int i : indices) {
     const int64_t rows = local(i).local_shape[0];
     const Tensor part = joined.buffer.narrow(0, row, rows);
-    accumulate(
-        i, [&](param::GradSlot& slot) { param::add_to_slot(slot, part); }, when);
+    accumulate_now(i, [&](param::GradSlot& slot) { param::add_to_slot(slot, part); });
     row += rows;
   }
 }

@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // Precompiled once for every module and test that uses LibTorch. Files still include what they use.
+// torch::autograd's custom_function.h is left to the few that need it: its templates would be
+// instantiated anew in every file.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -22,4 +24,3 @@
 #include <vector>
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>

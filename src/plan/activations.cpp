@@ -15,7 +15,7 @@ namespace {
 using Part = ActivationTerm::Part;
 
 struct Widths {
-  int64_t hidden, ffn, query, key_value, heads, vocab;
+  int64_t hidden, ffn, query, key_value, heads, vocab, head_size;
 };
 
 struct TermTable {
@@ -23,17 +23,30 @@ struct TermTable {
   std::vector<ActivationTerm> terms;
   int phase = 0;
 
+  [[nodiscard]] int64_t kept_tokens() const {
+    return query.kept_tokens > 0 ? query.kept_tokens : query.tokens;
+  }
+  // Rows are cut over the tensor axis outside of column and row layers.
+  [[nodiscard]] bool cuts_sequence() const { return kept_tokens() < query.tokens; }
+
   void add(Part part, const char* name, int64_t elements, DType dtype) {
     const int64_t bytes = saturating_multiply(elements, static_cast<int64_t>(size_of(dtype)));
     if (bytes > 0) terms.push_back({part, phase, name, allocation_bytes(bytes)});
   }
+  // For all tokens of the rank, and for those that it keeps between tensor-parallel layers.
   void per_token(Part part, const char* name, int64_t width, DType dtype) {
     add(part, name, saturating_multiply(query.tokens, width), dtype);
   }
+  void per_kept(Part part, const char* name, int64_t width, DType dtype) {
+    add(part, name, saturating_multiply(kept_tokens(), width), dtype);
+  }
   // Saved by the layer and no longer needed in this phase.
-  void release(Part part, const char* name, int64_t width, DType dtype) {
+  void release(const char* name, int64_t width, DType dtype, bool kept = false) {
     const size_t before = terms.size();
-    per_token(part, name, width, dtype);
+    if (kept)
+      per_kept(Part::kLayerWorkspace, name, width, dtype);
+    else
+      per_token(Part::kLayerWorkspace, name, width, dtype);
     if (terms.size() > before) terms.back().bytes = -terms.back().bytes;
   }
 };
@@ -43,60 +56,143 @@ DType statistics_dtype(DType compute) {
   return compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
 }
 
-void add_saved_by_layer(TermTable& t, const Widths& w, const ActivationQuery& q) {
-  const DType compute = q.compute, residual = q.residual, statistics = statistics_dtype(compute);
-  t.per_token(Part::kLayer, "residual at the attention norm", w.hidden, residual);
-  t.per_token(Part::kLayer, "attention norm, scale", 1, statistics);
-  t.per_token(Part::kLayer, "attention norm, output", w.hidden, compute);
-  t.per_token(Part::kLayer, "query, key, value after RoPE", w.query + 2 * w.key_value, compute);
-  t.per_token(Part::kLayer, "attention output", w.query, compute);
-  t.per_token(Part::kLayer, "attention log-sum-exp", w.heads, statistics);
-  t.per_token(Part::kLayer, "residual at the feed-forward norm", w.hidden, residual);
-  t.per_token(Part::kLayer, "feed-forward norm, scale", 1, statistics);
-  t.per_token(Part::kLayer, "feed-forward norm, output", w.hidden, compute);
-  t.per_token(Part::kLayer, "gate and up", 2 * w.ffn, compute);
-  t.per_token(Part::kLayer, "gate x up", w.ffn, compute);
-  t.per_token(Part::kLayer, "layer output, not yet added", w.hidden, compute);
+// Features of query, key and value that attention works on: by all-to-all those of this rank's
+// heads over the whole row, which is as many tokens more as there are heads less.
+int64_t attended_width(const Widths& w, const ActivationQuery& q) {
+  if (q.context == 1 || !q.all_to_all) return w.query + 2 * w.key_value;
+  const int64_t keys = std::max(w.head_size, w.key_value / q.context);
+  return w.query + 2 * keys * q.context;
 }
 
-// The backward of a layer begins with the feed-forward part; whatever comes later has more free
-// again. The layer's output went away when its gradient was made. Weight gradients of another type
-// than the buffer's are made apart, then added.
-void add_layer_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
+void add_saved_by_layer(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  const DType compute = q.compute, residual = q.residual, statistics = statistics_dtype(compute);
+  t.per_kept(Part::kLayer, "residual at the attention norm", w.hidden, residual);
+  t.per_kept(Part::kLayer, "attention norm, scale", 1, statistics);
+  t.per_kept(Part::kLayer, "attention norm, output", w.hidden, compute);
+  t.per_token(Part::kLayer, "query, key, value after RoPE", attended_width(w, q), compute);
+  t.per_token(Part::kLayer, "attention output", w.query, compute);
+  if (q.context > 1 && q.all_to_all)
+    t.per_token(Part::kLayer, "attention output, own heads", w.query, compute);
+  t.per_token(Part::kLayer, "attention log-sum-exp", w.heads, statistics);
+  t.per_kept(Part::kLayer, "residual at the feed-forward norm", w.hidden, residual);
+  t.per_kept(Part::kLayer, "feed-forward norm, scale", 1, statistics);
+  t.per_kept(Part::kLayer, "feed-forward norm, output", w.hidden, compute);
+  t.per_token(Part::kLayer, "gate and up", 2 * w.ffn, compute);
+  t.per_token(Part::kLayer, "gate x up", w.ffn, compute);
+  t.per_kept(Part::kLayer, "layer output, not yet added", w.hidden, compute);
+  t.per_kept(Part::kBlockInput, "residual at the feed-forward norm", w.hidden, residual);
+  t.per_kept(Part::kBlockInput, "layer output, not yet added", w.hidden, compute);
+}
+
+// Inputs and output gradients of the linear layers.
+void add_weight_work(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  constexpr Part kPart = Part::kWeightWork;
+  t.per_kept(kPart, "attention norm, output", w.hidden, q.compute);
+  t.per_token(kPart, "gradient of query, key, value", w.query + 2 * w.key_value, q.compute);
+  t.per_token(kPart, "attention output", w.query, q.compute);
+  t.per_token(kPart, "gradient of the attention's sum", w.hidden, q.compute);
+  t.per_kept(kPart, "feed-forward norm, output", w.hidden, q.compute);
+  t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
+  t.per_token(kPart, "gate x up", w.ffn, q.compute);
+  t.per_token(kPart, "gradient of the layer output", w.hidden, q.compute);
+}
+
+// The gradient of the input of a column layer on its way: parts of the sum, and under sequence
+// parallel this rank's tokens of it beside the input that is gathered again.
+void add_column_gradient(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  constexpr Part kPart = Part::kLayerWorkspace;
+  t.per_token(kPart, "input gradient, to be summed", w.hidden, q.compute);
+  if (!t.cuts_sequence()) return;
+  t.per_token(kPart, "input, gathered", w.hidden, q.compute);
+  t.per_kept(kPart, "input gradient, summed", w.hidden, q.compute);
+  if (q.samples > 1) t.per_token(kPart, "input gradient by ranks", w.hidden, q.compute);
+}
+
+// The backward of a layer begins with the feed-forward part. The layer's output went away when its
+// gradient was made. Weight gradients of another type than the buffer's are made apart, then added.
+void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
   constexpr Part kPart = Part::kLayerWorkspace;
   const bool adds_apart = q.compute != q.gradients;
   const auto begin = [&](int phase, bool needs_output_gradient) {
     t.phase = phase;
-    t.per_token(kPart, "gradient of the residual", w.hidden, q.residual);
-    t.release(kPart, "layer output, free", w.hidden, q.compute);
-    if (needs_output_gradient && q.compute != q.residual)  // else the two are one tensor
-      t.per_token(kPart, "gradient of the layer output", w.hidden, q.compute);
+    t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
+    t.release("layer output, free", w.hidden, q.compute, true);
+    if (!needs_output_gradient) return;
+    if (q.compute != q.residual)  // else the two are one tensor
+      t.per_kept(kPart, "gradient of the layer output", w.hidden, q.compute);
+    if (t.cuts_sequence())
+      t.per_token(kPart, "gradient of the layer output, gathered", w.hidden, q.compute);
   };
   begin(0, true);  // down projection, weight
   if (adds_apart) t.add(kPart, "gradient of down, to be added", w.ffn * w.hidden, q.compute);
   begin(1, true);  // down projection, input
   t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
   begin(2, false);  // gate x up
-  t.release(kPart, "gate x up, free", w.ffn, q.compute);
+  t.release("gate x up, free", w.ffn, q.compute);
   t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
   t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
-  begin(3, false);  // gate and up projections, weight
-  t.release(kPart, "gate x up, free", w.ffn, q.compute);
+  begin(3, false);  // gate and up projections; their gradient takes the place of gate and up
+  t.release("gate x up, free", w.ffn, q.compute);
+  if (q.tensor > 1) add_column_gradient(t, w, q);
   if (adds_apart)
     t.add(kPart, "gradient of gate and up, to be added", 2 * w.ffn * w.hidden, q.compute);
+  t.phase = 0;
+}
+
+// What travels round the context ring in a backward hop: keys and values (own, here, arriving) and
+// their gradients (here, leaving, arriving), those of the queries, and one block's.
+void add_ring_buffers(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  constexpr Part kPart = Part::kLayerWorkspace;
+  const DType wide = statistics_dtype(q.compute);
+  t.per_token(kPart, "ring, keys and values", 3 * 2 * w.key_value, q.compute);
+  t.per_token(kPart, "ring, gradients of keys and values", 3 * 2 * w.key_value, wide);
+  t.per_token(kPart, "ring, gradient of the queries", w.query, wide);
+  t.per_token(kPart, "ring, gradients of one block", w.query + 2 * w.key_value, q.compute);
+}
+
+// The attention half, when the feed-forward half is free again.
+void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  constexpr Part kPart = Part::kLayerWorkspace;
+  const auto begin = [&](int phase) {
+    t.phase = phase;
+    t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
+    if (q.compute != q.residual) t.per_kept(kPart, "gradient of its sum", w.hidden, q.compute);
+    t.release("layer output, free", w.hidden, q.compute, true);
+    t.release("gate and up, free", 2 * w.ffn, q.compute);
+    t.release("gate x up, free", w.ffn, q.compute);
+    t.release("feed-forward norm, free", w.hidden, q.compute, true);
+    t.release("residual at the feed-forward norm, free", w.hidden, q.residual, true);
+  };
+  const int64_t width = w.query + 2 * w.key_value, attended = attended_width(w, q);
+  begin(4);  // attention
+  t.per_token(kPart, "gradient of the attention output", w.query, q.compute);
+  if (q.context > 1 && !q.all_to_all)
+    add_ring_buffers(t, w, q);
+  else
+    t.per_token(kPart, "gradient of query, key, value", attended, q.compute);
+  begin(5);  // projection of query, key, value
+  t.release("attention, free", attended + w.query, q.compute);
+  if (q.context > 1 && q.all_to_all)  // back to all heads
+    t.per_token(kPart, "gradients by ranks, leaving, arriving", 3 * attended, q.compute);
+  t.per_token(kPart, "gradient of query, key, value", width, q.compute);
+  if (q.tensor > 1) add_column_gradient(t, w, q);
   t.phase = 0;
 }
 
 void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType statistics = statistics_dtype(q.compute);
   const int64_t chunk = head_chunk_tokens(w.vocab, q.tokens);
-  t.per_token(Part::kHead, "residual at the last norm", w.hidden, q.residual);
-  t.per_token(Part::kHead, "last norm, scale", 1, statistics);
-  t.per_token(Part::kHead, "last norm, output", w.hidden, q.compute);
-  t.per_token(Part::kHead, "gradient made in the forward", w.hidden, q.compute);
+  t.per_kept(Part::kHead, "residual at the last norm", w.hidden, q.residual);
+  t.per_kept(Part::kHead, "last norm, scale", 1, statistics);
+  t.per_kept(Part::kHead, "last norm, output", w.hidden, q.compute);
+  t.per_kept(Part::kHead, "gradient made in the forward", w.hidden, q.compute);
   t.per_token(Part::kHead, "token scores and weights", 4, statistics);
   t.add(Part::kHeadWorkspace, "logits of one chunk", saturating_multiply(chunk, w.vocab),
         q.compute);
+  if (t.cuts_sequence()) {
+    t.per_token(Part::kHeadWorkspace, "last norm, gathered", w.hidden, q.compute);
+    t.per_token(Part::kHeadWorkspace, "gradient of all tokens", w.hidden, q.compute);
+  }
   if (q.compute != q.gradients)
     t.add(Part::kHeadWorkspace, "weight gradient before adding", w.vocab * w.hidden, q.compute);
 }
@@ -132,11 +228,14 @@ ActivationBytes llama_activation_bytes(const ModelShape& shape, const Activation
                       shape.num_attention_heads * shape.head_dim,
                       shape.num_key_value_heads * shape.head_dim,
                       shape.num_attention_heads,
-                      shape.vocab_size};
+                      shape.vocab_size,
+                      shape.head_dim};
   TermTable table{query,
                   {}};  // the embedding's output is the first layer's residual, counted there
   add_saved_by_layer(table, widths, query);
-  add_layer_workspace(table, widths, query);
+  add_weight_work(table, widths, query);
+  add_feed_forward_workspace(table, widths, query);
+  add_attention_workspace(table, widths, query);
   add_head(table, widths, query);
   ActivationBytes bytes;
   bytes.saved_embedding = sum_of(table.terms, Part::kEmbedding);
@@ -144,6 +243,8 @@ ActivationBytes llama_activation_bytes(const ModelShape& shape, const Activation
   bytes.saved_head = sum_of(table.terms, Part::kHead);
   bytes.layer_workspace = largest_phase(table.terms, Part::kLayerWorkspace);
   bytes.head_workspace = largest_phase(table.terms, Part::kHeadWorkspace);
+  bytes.block_input = sum_of(table.terms, Part::kBlockInput);
+  bytes.weight_work = sum_of(table.terms, Part::kWeightWork);
   bytes.terms = std::move(table.terms);
   return bytes;
 }

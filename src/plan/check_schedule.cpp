@@ -4,232 +4,269 @@
 // and kind.
 #include <fmt/format.h>
 
+#include <cstdint>
 #include <deque>
-#include <map>
-#include <set>
-#include <tuple>
 
-#include "capstan/plan/schedule.h"
+#include "plan/schedule_internal.h"
 
 namespace capstan::plan {
 namespace {
 
-bool is_send(Op op) { return op == Op::kSendActivation || op == Op::kSendGradient; }
-bool is_receive(Op op) { return op == Op::kReceiveActivation || op == Op::kReceiveGradient; }
-bool is_gradient(Op op) { return op == Op::kSendGradient || op == Op::kReceiveGradient; }
+using schedules::Channels;
+using schedules::is_compute;
+using schedules::is_gradient;
 
-class Simulator {
- public:
-  explicit Simulator(const Schedule& schedule) : schedule_(schedule) {
-    at_.assign(schedule.ranks.size(), 0);
-    open_.assign(schedule.ranks.size(), 0);
-    posted_.assign(schedule.ranks.size(), false);
+bool is_transfer(Op op) { return is_send(op) || is_receive(op); }
+
+// What keeps the run itself from starting: places and numbers outside the schedule.
+std::vector<std::string> check_shape(const Schedule& schedule) {
+  if (schedule.stages < 1 || schedule.micro_batches < 1 ||
+      schedule.rank_of.size() != static_cast<size_t>(schedule.stages) ||
+      schedule.stage_of.size() != schedule.ranks.size())
+    return {"stage placement does not fit the number of stages and ranks"};
+  std::vector<std::string> problems;
+  std::vector<int> places(schedule.rank_of.size(), 0);
+  for (size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+    const std::vector<int>& stages = schedule.stage_of[rank];
+    for (const int stage : stages)
+      if (stage < 0 || stage >= schedule.stages || ++places[static_cast<size_t>(stage)] > 1 ||
+          schedule.rank_of[static_cast<size_t>(stage)] != static_cast<int>(rank))
+        problems.push_back(fmt::format("rank {}: stage {} is not placed here", rank, stage));
+    for (const Instruction& i : schedule.ranks[rank])
+      if (i.chunk < 0 || static_cast<size_t>(i.chunk) >= stages.size() || i.micro_batch < 0 ||
+          i.micro_batch >= schedule.micro_batches)
+        problems.push_back(
+            fmt::format("rank {}: {} of micro-batch {}, chunk {}: outside the "
+                        "schedule",
+                        rank, name_of(i.op), i.micro_batch, i.chunk));
   }
+  for (size_t stage = 0; stage < places.size(); ++stage)
+    if (places[stage] == 0) problems.push_back(fmt::format("stage {} has no rank", stage));
+  return problems;
+}
 
-  std::vector<std::string> run() {
-    if (!is_shaped()) return problems_;
+class Run {
+ public:
+  explicit Run(const Schedule& schedule)
+      : schedule_(schedule),
+        channels_(schedule),
+        queues_(static_cast<size_t>(channels_.count)),
+        ranks_(schedule.ranks.size()),
+        done_(static_cast<size_t>(schedule.stages) * size_t(schedule.micro_batches), 0),
+        reduced_(static_cast<size_t>(schedule.stages), false),
+        trains_(schedule.pass == Pass::kTrain) {}
+
+  std::vector<std::string> problems() {
+    check_groups();
     for (bool moved = true; moved;) {
       moved = false;
-      for (size_t rank = 0; rank < at_.size(); ++rank)
+      for (size_t rank = 0; rank < ranks_.size(); ++rank)
         while (advance(rank)) moved = true;
     }
     report_waiting();
     if (problems_.empty()) report_missing();
-    return problems_;
+    return std::move(problems_);
   }
 
  private:
-  using Key = std::tuple<size_t, size_t, bool>;  // from, to, is gradient
   struct Posted {
-    size_t rank, at;
+    size_t rank;
+    const Instruction* instruction;
   };
-  struct Channel {
+  struct Queue {
     std::deque<Posted> sends, receives;
   };
+  struct Rank {
+    size_t at = 0;         // next instruction
+    size_t group_end = 0;  // of the transfers that are issued
+    int open = 0;          // those without counterpart
+    bool has_stepped = false;
+  };
 
-  [[nodiscard]] const Instruction& instruction(size_t rank, size_t at) const {
-    return schedule_.ranks[rank][at];
-  }
   [[nodiscard]] int stage_of(size_t rank, const Instruction& i) const {
     return schedule_.stage_of[rank][static_cast<size_t>(i.chunk)];
   }
-  [[nodiscard]] bool has(Op op, int micro_batch, int stage) const {
-    return done_.contains({op, micro_batch, stage});
+  [[nodiscard]] uint16_t& cell(int micro_batch, int stage) {
+    return done_[static_cast<size_t>(stage) * size_t(schedule_.micro_batches) +
+                 static_cast<size_t>(micro_batch)];
+  }
+  static uint16_t bit(Op op) { return static_cast<uint16_t>(1u << static_cast<unsigned>(op)); }
+  [[nodiscard]] bool has(Op op, int micro_batch, int stage) {
+    return (cell(micro_batch, stage) & bit(op)) != 0;
+  }
+  [[nodiscard]] bool has_gradient(int micro_batch, int stage) {  // of the input of a stage
+    return has(Op::kBackward, micro_batch, stage) || has(Op::kBackwardInput, micro_batch, stage);
+  }
+  [[nodiscard]] bool has_backward(int micro_batch, int stage) {
+    return has(Op::kBackward, micro_batch, stage) || (has(Op::kBackwardInput, micro_batch, stage) &&
+                                                      has(Op::kBackwardWeight, micro_batch, stage));
+  }
+  [[nodiscard]] bool is_local(int stage, int other) const {
+    return schedule_.rank_of[static_cast<size_t>(stage)] ==
+           schedule_.rank_of[static_cast<size_t>(other)];
   }
   void complain(size_t rank, const Instruction& i, const std::string& why) {
     problems_.push_back(fmt::format("rank {}: {} of micro-batch {}, chunk {}: {}", rank,
                                     name_of(i.op), i.micro_batch, i.chunk, why));
   }
 
-  bool is_shaped() {
-    const auto stages = static_cast<size_t>(schedule_.stages);
-    if (schedule_.rank_of.size() != stages || schedule_.stage_of.size() != schedule_.ranks.size()) {
-      problems_.emplace_back("stage placement does not fit the number of stages and ranks");
-      return false;
-    }
+  void check_groups() {
     for (size_t rank = 0; rank < schedule_.ranks.size(); ++rank) {
-      for (const int stage : schedule_.stage_of[rank])
-        if (stage < 0 || stage >= schedule_.stages ||
-            schedule_.rank_of[static_cast<size_t>(stage)] != static_cast<int>(rank))
-          problems_.push_back(fmt::format("rank {}: stage {} is not placed here", rank, stage));
-      for (const Instruction& i : schedule_.ranks[rank]) {
-        const bool inside = i.chunk >= 0 &&
-                            static_cast<size_t>(i.chunk) < schedule_.stage_of[rank].size() &&
-                            i.micro_batch >= 0 && i.micro_batch < schedule_.micro_batches;
-        if (!inside) complain(rank, i, "outside the schedule");
-      }
+      const auto& list = schedule_.ranks[rank];
+      for (size_t i = 1; i < list.size(); ++i)
+        if (list[i].group == list[i - 1].group &&
+            !(is_transfer(list[i].op) && is_transfer(list[i - 1].op)))
+          complain(rank, list[i], "in a group with its neighbour");
     }
-    return problems_.empty();
   }
 
   // Runs what can be run next on a rank: one computation, or the transfers of one group, all issued
   // at once and left only when every one of them has met its counterpart.
   bool advance(size_t rank) {
-    if (at_[rank] == schedule_.ranks[rank].size()) return false;
-    const Instruction& i = instruction(rank, at_[rank]);
-    if (!is_send(i.op) && !is_receive(i.op)) {
-      compute(rank, i);
-      ++at_[rank];
+    Rank& r = ranks_[rank];
+    const auto& list = schedule_.ranks[rank];
+    if (r.at < r.group_end) {
+      if (r.open > 0) return false;
+      r.at = r.group_end;
       return true;
     }
-    if (!posted_[rank]) {
-      posted_[rank] = true;
-      size_t end = at_[rank];
-      for (; end < schedule_.ranks[rank].size(); ++end) {
-        const Instruction& member = instruction(rank, end);
-        if (member.group != i.group || !(is_send(member.op) || is_receive(member.op))) break;
-        ++open_[rank];
-        if (!post(rank, end)) --open_[rank];
-      }
-      group_end_[rank] = end;
+    if (r.at == list.size()) return false;
+    const Instruction& i = list[r.at];
+    if (!is_transfer(i.op)) {
+      compute(rank, i);
+      r.group_end = ++r.at;
+      return true;
     }
-    if (open_[rank] > 0) return false;
-    posted_[rank] = false;
-    at_[rank] = group_end_[rank];
+    while (r.group_end < list.size() && list[r.group_end].group == i.group &&
+           is_transfer(list[r.group_end].op))
+      post(rank, list[r.group_end++]);
     return true;
   }
 
-  bool post(size_t rank, size_t at) {
-    const Instruction& i = instruction(rank, at);
+  void post(size_t rank, const Instruction& i) {
     const int stage = stage_of(rank, i);
-    const bool up = (i.op == Op::kSendActivation) || (i.op == Op::kReceiveGradient);
+    const bool up = i.op == Op::kSendActivation || i.op == Op::kReceiveGradient;
     const int other = stage + (up ? 1 : -1);
-    if (other < 0 || other >= schedule_.stages) {
-      complain(rank, i, "there is no stage at the other end");
-      return false;
-    }
-    if (schedule_.rank_of[static_cast<size_t>(other)] != i.peer) {
-      complain(rank, i, fmt::format("peer is {}, stage {} is on another rank", i.peer, other));
-      return false;
-    }
-    const auto peer = static_cast<size_t>(i.peer);
+    if (other < 0 || other >= schedule_.stages)
+      return complain(rank, i, "there is no stage at the other end");
+    if (is_local(stage, other)) return complain(rank, i, "the other end is on the same rank");
+    if (schedule_.rank_of[static_cast<size_t>(other)] != i.peer)
+      return complain(rank, i,
+                      fmt::format("peer is {}, stage {} is on another rank", i.peer, other));
+    if (ranks_[rank].has_stepped) complain(rank, i, "comes after the optimizer step");
+    if (is_gradient(i.op) && !trains_) complain(rank, i, "the pass has no backward");
     if (is_send(i.op)) {
-      const bool has_source = i.op == Op::kSendActivation
-                                  ? has(Op::kForward, i.micro_batch, stage)
-                                  : has(Op::kBackward, i.micro_batch, stage) ||
-                                        has(Op::kBackwardInput, i.micro_batch, stage);
+      const bool has_source = i.op == Op::kSendActivation ? has(Op::kForward, i.micro_batch, stage)
+                                                          : has_gradient(i.micro_batch, stage);
       if (!has_source) complain(rank, i, "nothing to send yet");
     }
-    const Key key =
-        is_send(i.op) ? Key{rank, peer, is_gradient(i.op)} : Key{peer, rank, is_gradient(i.op)};
-    Channel& channel = channels_[key];
-    (is_send(i.op) ? channel.sends : channel.receives).push_back({rank, at});
-    match(channel);
-    return true;
+    ++ranks_[rank].open;
+    Queue& queue = queues_[static_cast<size_t>(channels_.of(i.op, stage))];
+    (is_send(i.op) ? queue.sends : queue.receives).push_back({rank, &i});
+    while (!queue.sends.empty() && !queue.receives.empty()) {
+      match(queue.sends.front(), queue.receives.front());
+      queue.sends.pop_front();
+      queue.receives.pop_front();
+    }
   }
 
-  void match(Channel& channel) {
-    while (!channel.sends.empty() && !channel.receives.empty()) {
-      const Posted send = channel.sends.front(), receive = channel.receives.front();
-      channel.sends.pop_front();
-      channel.receives.pop_front();
-      const Instruction &sent = instruction(send.rank, send.at),
-                        &got = instruction(receive.rank, receive.at);
-      const int step = is_gradient(got.op) ? 1 : -1;
-      const bool fits = sent.micro_batch == got.micro_batch &&
-                        stage_of(send.rank, sent) == stage_of(receive.rank, got) + step;
-      if (!fits)
-        complain(receive.rank, got, "the order of receives differs from the order of sends");
-      done_.insert({sent.op, sent.micro_batch, stage_of(send.rank, sent)});
-      if (!done_.insert({got.op, got.micro_batch, stage_of(receive.rank, got)}).second)
-        complain(receive.rank, got, "done twice");
-      --open_[send.rank];
-      --open_[receive.rank];
-    }
+  void match(const Posted& send, const Posted& receive) {
+    const Instruction &sent = *send.instruction, &got = *receive.instruction;
+    const int stage = stage_of(receive.rank, got);
+    if (sent.micro_batch != got.micro_batch ||
+        stage_of(send.rank, sent) != stage + (is_gradient(got.op) ? 1 : -1))
+      complain(receive.rank, got, "the order of receives differs from the order of sends");
+    mark(receive.rank, got, stage);
+    --ranks_[send.rank].open;
+    --ranks_[receive.rank].open;
+  }
+
+  void mark(size_t rank, const Instruction& i, int stage) {
+    uint16_t& done = cell(i.micro_batch, stage);
+    if ((done & bit(i.op)) != 0) complain(rank, i, "done twice");
+    done = static_cast<uint16_t>(done | bit(i.op));
   }
 
   void compute(size_t rank, const Instruction& i) {
-    const int stage = stage_of(rank, i), m = i.micro_batch;
-    const auto need = [&](bool ok, const char* why) {
-      if (!ok) complain(rank, i, why);
-    };
-    if (i.op == Op::kForward) {
-      need(stage == 0 || has(Op::kReceiveActivation, m, stage), "its input was not received");
-    } else if (i.op == Op::kBackward || i.op == Op::kBackwardInput) {
-      need(has(Op::kForward, m, stage), "its forward was not run");
-      need(stage + 1 == schedule_.stages || has(Op::kReceiveGradient, m, stage),
-           "its gradient was not received");
-    } else if (i.op == Op::kBackwardWeight) {
-      need(has(Op::kBackwardInput, m, stage), "its input half was not run");
-    } else if (i.op == Op::kReduce) {
-      for (int k = 0; k < schedule_.micro_batches; ++k)
-        need(has_backward(k, stage), "gradients of the chunk are not final");
-    } else if (i.op == Op::kStep) {
-      for (const int own : schedule_.stage_of[rank])
-        need(has(Op::kReduce, 0, own), "a chunk was not reduced");
-    }
-    const int place = i.op == Op::kStep ? static_cast<int>(rank) : stage;
-    need(done_.insert({i.op, i.op == Op::kReduce || i.op == Op::kStep ? 0 : m, place}).second,
-         "done twice");
-    const bool late = stepped_.contains(rank);
-    need(!late, "comes after the optimizer step");
-    if (i.op == Op::kStep) stepped_.insert(rank);
+    const int stage = stage_of(rank, i);
+    if (ranks_[rank].has_stepped) complain(rank, i, "comes after the optimizer step");
+    if (i.op != Op::kForward && !trains_) complain(rank, i, "the pass has no backward");
+    if (i.op == Op::kReduce) return reduce(rank, i, stage);
+    if (i.op == Op::kStep) return step(rank, i);
+    check_inputs(rank, i, stage);
+    mark(rank, i, stage);
   }
 
-  [[nodiscard]] bool has_backward(int m, int stage) const {
-    return has(Op::kBackward, m, stage) ||
-           (has(Op::kBackwardInput, m, stage) && has(Op::kBackwardWeight, m, stage));
+  void check_inputs(size_t rank, const Instruction& i, int stage) {
+    const int m = i.micro_batch;
+    if (i.op == Op::kBackwardWeight) {
+      if (!has(Op::kBackwardInput, m, stage)) complain(rank, i, "its input half was not run");
+      return;
+    }
+    const bool forward = i.op == Op::kForward;
+    if (!forward && !has(Op::kForward, m, stage)) complain(rank, i, "its forward was not run");
+    if (!forward && has_gradient(m, stage)) complain(rank, i, "its gradient was made before");
+    const int source = stage + (forward ? -1 : 1);
+    if (source < 0 || source >= schedule_.stages) return;
+    if (!is_local(stage, source)) {
+      if (!has(forward ? Op::kReceiveActivation : Op::kReceiveGradient, m, stage))
+        complain(rank, i, fmt::format("its {} was not received", forward ? "input" : "gradient"));
+    } else if (!(forward ? has(Op::kForward, m, source) : has_gradient(m, source))) {
+      complain(rank, i, fmt::format("stage {} on the same rank was not run before it", source));
+    }
+  }
+
+  void reduce(size_t rank, const Instruction& i, int stage) {
+    for (int m = 0; m < schedule_.micro_batches; ++m)
+      if (!has_backward(m, stage)) {
+        complain(rank, i, fmt::format("gradients of the chunk are not final, micro-batch {}", m));
+        break;
+      }
+    if (reduced_[static_cast<size_t>(stage)]) complain(rank, i, "done twice");
+    reduced_[static_cast<size_t>(stage)] = true;
+  }
+  void step(size_t rank, const Instruction& i) {
+    for (const int stage : schedule_.stage_of[rank])
+      if (!reduced_[static_cast<size_t>(stage)])
+        complain(rank, i, fmt::format("stage {} was not reduced", stage));
+    ranks_[rank].has_stepped = true;
   }
 
   void report_waiting() {
-    for (size_t rank = 0; rank < at_.size(); ++rank)
-      if (at_[rank] < schedule_.ranks[rank].size())
-        complain(rank, instruction(rank, at_[rank]),
+    for (size_t rank = 0; rank < ranks_.size(); ++rank)
+      if (ranks_[rank].at < schedule_.ranks[rank].size())
+        complain(rank, schedule_.ranks[rank][ranks_[rank].at],
                  "deadlock: waits for its counterpart for ever");
   }
 
   void report_missing() {
-    const bool trains = schedule_.pass == Pass::kTrain;
     for (int stage = 0; stage < schedule_.stages; ++stage) {
-      for (int m = 0; m < schedule_.micro_batches; ++m) {
-        if (!has(Op::kForward, m, stage) || has_backward(m, stage) != trains)
+      for (int m = 0; m < schedule_.micro_batches; ++m)
+        if (!has(Op::kForward, m, stage) || has_backward(m, stage) != trains_)
           problems_.push_back(fmt::format("incomplete: stage {}, micro-batch {}", stage, m));
-        if (has(Op::kBackward, m, stage) && has(Op::kBackwardInput, m, stage))
-          problems_.push_back(fmt::format("two backwards: stage {}, micro-batch {}", stage, m));
-      }
-      if (has(Op::kReduce, 0, stage) != trains)
+      if (reduced_[static_cast<size_t>(stage)] != trains_)
         problems_.push_back(fmt::format("incomplete: reduction of stage {}", stage));
     }
-    for (size_t rank = 0; rank < at_.size(); ++rank)
-      if (stepped_.contains(rank) != trains)
+    for (size_t rank = 0; rank < ranks_.size(); ++rank)
+      if (ranks_[rank].has_stepped != trains_)
         problems_.push_back(fmt::format("incomplete: optimizer step of rank {}", rank));
   }
 
   const Schedule& schedule_;
+  Channels channels_;
+  std::vector<Queue> queues_;
+  std::vector<Rank> ranks_;
+  std::vector<uint16_t> done_;  // [stage][micro-batch], one bit per Op
+  std::vector<bool> reduced_;   // by stage
+  bool trains_;
   std::vector<std::string> problems_;
-  std::vector<size_t> at_;    // next instruction
-  std::vector<int> open_;     // transfers of the current group without counterpart
-  std::vector<bool> posted_;  // the current group is issued
-  std::map<size_t, size_t> group_end_;
-  std::map<Key, Channel> channels_;
-  std::set<std::tuple<Op, int, int>> done_;  // op, micro-batch, stage (rank for kStep)
-  std::set<size_t> stepped_;
 };
 
 }  // namespace
 
 std::vector<std::string> check_schedule(const Schedule& schedule) {
-  return Simulator(schedule).run();
+  std::vector<std::string> problems = check_shape(schedule);
+  return problems.empty() ? Run(schedule).problems() : problems;
 }
 
 }  // namespace capstan::plan

@@ -7,7 +7,9 @@
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/text.h"
+#include "capstan/plan/experts.h"
 #include "capstan/plan/plan.h"
+#include "plan/describe_internal.h"
 
 namespace capstan::plan {
 namespace {
@@ -38,7 +40,16 @@ std::string describe_model(const Plan& plan) {
                               s.sliding_window ? fmt::format("window {}", *s.sliding_window)
                                                : "full attention",
                               s.tie_word_embeddings ? "tied" : "untied"));
+  if (s.experts.count > 0)
+    text += row("", fmt::format("{} of {} features, {} per token{}, {} router",
+                                counted(s.experts.count, "expert"), s.experts.intermediate_size,
+                                s.experts.per_token,
+                                s.experts.shared_intermediate_size > 0 ? " and a shared one" : "",
+                                s.experts.router));
   text += row("parameters", format_count(model.parameters));
+  if (s.experts.count > 0)
+    text += row("", fmt::format("{} of them for one token",
+                                format_count(count_active_parameters(s, model.table()))));
   for (const auto& [name, count] : parameter_groups(model.table()))
     text += row("", fmt::format("{:<14}{:>18}  {:5.1f} %", name, format_count(count),
                                 100.0 * static_cast<double>(count) /
@@ -112,8 +123,8 @@ std::string describe_memory(const Plan& plan) {
   add("gradients", m.gradients, "");
   add("optimizer", m.optimizer, "two moments");
   add("activations", m.activations, "kept from forward to backward");
-  add("workspace", m.workspace, "largest transient need");
-  add("communication", m.communication, "bucket staging");
+  add("workspace", m.workspace, "largest transient need, exchanges included");
+  add("communication", m.communication, "staging of gradient sums between processes");
   add("data", m.data, "ids, targets, positions, rotary table");
   if (m.checkpoint_snapshot > 0)
     text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
@@ -149,6 +160,9 @@ std::vector<std::pair<std::string, int64_t>> parameter_groups(const std::vector<
                                                                     {"lm_head", "head"},
                                                                     {"norm", "norms"},
                                                                     {"attn", "attention"},
+                                                                    {"expert", "experts"},
+                                                                    {"mlp.gate.", "router"},
+                                                                    {"moe.gate.", "router"},
                                                                     {"mlp", "feed-forward"}};
   std::vector<std::pair<std::string, int64_t>> groups;
   for (const ParamSpec& spec : table) {
@@ -167,7 +181,7 @@ std::vector<std::pair<std::string, int64_t>> parameter_groups(const std::vector<
 std::string describe_plan(const Plan& plan) {
   std::string text = row("plan", plan.resolved.run.name);
   text += describe_model(plan) + describe_layout(plan) + describe_run(plan) + describe_flops(plan) +
-          describe_memory(plan) + describe_traffic(plan);
+          describe_memory(plan) + describe_traffic(plan) + describe_ranks(plan);
   text += row("schedule", fmt::format("{}, {}, {}, at most {} in flight", plan.schedule.name,
                                       counted(plan.schedule.stages, "stage"),
                                       counted(plan.schedule.micro_batches, "micro-batch"),

@@ -22,6 +22,8 @@ std::string name_of(AxisSet axes) {
   add(Axis::kDpShard, "dp_shard");
   add(Axis::kCp, "cp");
   add(Axis::kTp, "tp");
+  add(Axis::kEdpShard, "edp_shard");
+  add(Axis::kEp, "ep");
   return name.empty() ? "none" : name;
 }
 
@@ -48,10 +50,12 @@ int Grid::size_of(AxisSet axes) const {
   if (axes.has(Axis::kDpShard)) size *= sizes_.dp_shard;
   if (axes.has(Axis::kCp)) size *= sizes_.cp;
   if (axes.has(Axis::kTp)) size *= sizes_.tp;
+  if (axes.has(Axis::kEp)) size *= sizes_.ep;
+  if (axes.has(Axis::kEdpShard)) size *= expert_shard_size();
   return size;
 }
 
-int Grid::expert_data_parallel_size() const { return size() / sizes_.pp / sizes_.ep; }
+int Grid::expert_shard_size() const { return sizes_.dp_shard * sizes_.cp * sizes_.tp / sizes_.ep; }
 
 Coord Grid::coord(int rank) const {
   CAPSTAN_CHECK(rank >= 0 && rank < size(), "rank {} is outside a grid of {} ranks", rank, size());
@@ -82,64 +86,59 @@ int Grid::rank_of(const Coord& c) const {
   return rank * sizes_.tp + c.tp;
 }
 
+namespace {
+
+constexpr AxisSet kFoldedAxes = AxisSet(Axis::kDpShard) | Axis::kCp | Axis::kTp;
+constexpr AxisSet kExpertAxes = AxisSet(Axis::kEdpShard) | Axis::kEp;
+
+void check_one_view(AxisSet axes) {
+  const bool dense = axes.without(kFoldedAxes) != axes;
+  const bool expert = axes.without(kExpertAxes) != axes;
+  CAPSTAN_CHECK(!(dense && expert), "axes {} mix the dense and the expert view", name_of(axes));
+}
+
+}  // namespace
+
+// Positions along every axis of the view, slowest first, with the sizes; the others stay fixed.
+std::vector<Grid::Place> Grid::places(AxisSet axes, int rank) const {
+  check_one_view(axes);
+  const Coord c = coord(rank);
+  std::vector<Place> places = {{Axis::kPp, c.pp, sizes_.pp},
+                               {Axis::kDpReplicate, c.dp_replicate, sizes_.dp_replicate}};
+  if (axes.without(kExpertAxes) != axes) {
+    const int folded = rank % (sizes_.dp_shard * sizes_.cp * sizes_.tp);
+    places.push_back({Axis::kEdpShard, folded / sizes_.ep, expert_shard_size()});
+    places.push_back({Axis::kEp, folded % sizes_.ep, sizes_.ep});
+    return places;
+  }
+  places.push_back({Axis::kDpShard, c.dp_shard, sizes_.dp_shard});
+  places.push_back({Axis::kCp, c.cp, sizes_.cp});
+  places.push_back({Axis::kTp, c.tp, sizes_.tp});
+  return places;
+}
+
 std::vector<int> Grid::ranks_along(AxisSet axes, int rank) const {
-  const Coord base = coord(rank);
-  const auto range = [&](Axis axis, int at, int size) {
-    return axes.has(axis) ? std::pair(0, size) : std::pair(at, at + 1);
-  };
-  const auto [pp_begin, pp_end] = range(Axis::kPp, base.pp, sizes_.pp);
-  const auto [dr_begin, dr_end] = range(Axis::kDpReplicate, base.dp_replicate, sizes_.dp_replicate);
-  const auto [ds_begin, ds_end] = range(Axis::kDpShard, base.dp_shard, sizes_.dp_shard);
-  const auto [cp_begin, cp_end] = range(Axis::kCp, base.cp, sizes_.cp);
-  const auto [tp_begin, tp_end] = range(Axis::kTp, base.tp, sizes_.tp);
-  std::vector<int> ranks;
-  ranks.reserve(static_cast<size_t>(size_of(axes)));
-  for (int pp = pp_begin; pp < pp_end; ++pp)
-    for (int dr = dr_begin; dr < dr_end; ++dr)
-      for (int ds = ds_begin; ds < ds_end; ++ds)
-        for (int cp = cp_begin; cp < cp_end; ++cp)
-          for (int tp = tp_begin; tp < tp_end; ++tp) ranks.push_back(rank_of({pp, dr, ds, cp, tp}));
+  std::vector<int> ranks = {0};  // numbers of the ranks' prefixes, axis by axis
+  for (const Place& place : places(axes, rank)) {
+    std::vector<int> longer;
+    const bool free = axes.has(place.axis);
+    for (const int prefix : ranks)
+      for (int i = free ? 0 : place.at; i < (free ? place.size : place.at + 1); ++i)
+        longer.push_back(prefix * place.size + i);
+    ranks = std::move(longer);
+  }
   return ranks;
 }
 
 int Grid::index_along(AxisSet axes, int rank) const {
-  const Coord c = coord(rank);
   int index = 0;
-  const auto add = [&](Axis axis, int at, int size) {
-    if (axes.has(axis)) index = index * size + at;
-  };
-  add(Axis::kPp, c.pp, sizes_.pp);
-  add(Axis::kDpReplicate, c.dp_replicate, sizes_.dp_replicate);
-  add(Axis::kDpShard, c.dp_shard, sizes_.dp_shard);
-  add(Axis::kCp, c.cp, sizes_.cp);
-  add(Axis::kTp, c.tp, sizes_.tp);
+  for (const Place& place : places(axes, rank))
+    if (axes.has(place.axis)) index = index * place.size + place.at;
   return index;
 }
 
 int Grid::data_parallel_index(int rank) const {
   return index_along(AxisSet(Axis::kDpReplicate) | Axis::kDpShard, rank);
-}
-
-int Grid::expert_index(int rank) const {
-  CAPSTAN_CHECK(rank >= 0 && rank < size(), "rank {} is outside a grid of {} ranks", rank, size());
-  return rank % sizes_.ep;
-}
-
-// Within a stage, ranks are numbered edp x ep with ep fastest; a stage's ranks are consecutive and
-// their number divides by ep, so the position of a rank in its ep group is rank % ep.
-std::vector<int> Grid::expert_ranks(int rank) const {
-  const int first = rank - expert_index(rank);
-  std::vector<int> ranks;
-  for (int i = 0; i < sizes_.ep; ++i) ranks.push_back(first + i);
-  return ranks;
-}
-
-std::vector<int> Grid::expert_data_ranks(int rank) const {
-  const int stage_ranks = size() / sizes_.pp;
-  const int first = rank / stage_ranks * stage_ranks + expert_index(rank);
-  std::vector<int> ranks;
-  for (int i = 0; i < expert_data_parallel_size(); ++i) ranks.push_back(first + i * sizes_.ep);
-  return ranks;
 }
 
 }  // namespace capstan::plan

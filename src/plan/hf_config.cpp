@@ -16,6 +16,14 @@ namespace {
 using json::Json;
 using OrderedJson = nlohmann::ordered_json;
 
+// What Hugging Face's Qwen2-MoE computes with qkv_bias false and experts in every layer.
+bool is_qwen2_moe(const ModelShape& shape) {
+  const ExpertShape& e = shape.experts;
+  return e.router == "softmax" && e.groups == 1 && e.scaling == 1 && e.bias_update_rate == 0 &&
+         e.shared_intermediate_size > 0 && e.shared_gate && !shape.attention_bias &&
+         !shape.sliding_window;
+}
+
 // A llama with a sliding window is what Hugging Face calls mistral, as long as it has no biases;
 // with both it is neither, and the name below makes other readers refuse instead of computing
 // something else.
@@ -24,7 +32,10 @@ struct HfNames {
 };
 HfNames hf_names(const ModelShape& shape) {
   const FamilyDef& family = find_family(shape.family);
-  if (!shape.sliding_window) return {family.hf_model_type, family.hf_architecture};
+  const bool known = shape.family == "mixtral" ? !shape.attention_bias
+                     : shape.family == "moe"   ? is_qwen2_moe(shape)
+                                               : !shape.sliding_window;
+  if (known) return {family.hf_model_type, family.hf_architecture};
   if (!shape.attention_bias && shape.family == "llama") return {"mistral", "MistralForCausalLM"};
   return {"capstan_" + shape.family, "Capstan" + family.hf_architecture};
 }
@@ -127,6 +138,90 @@ double read_rope(Reader& reader, const Json& config) {
   return theta;
 }
 
+// Settings of training (losses, balancing, capacity) are no part of a model: files carry the
+// coefficient of the auxiliary loss for others to read, and it is not taken from them.
+void write_experts(OrderedJson& config, const ModelShape& shape) {
+  const ExpertShape& e = shape.experts;
+  if (e.count == 0) return;
+  config["num_experts_per_tok"] = e.per_token;
+  config["output_router_logits"] = false;
+  config["router_aux_loss_coef"] = e.auxiliary_loss;
+  if (shape.family == "mixtral") {
+    config["intermediate_size"] = e.intermediate_size;
+    config["num_local_experts"] = e.count;
+    config["router_jitter_noise"] = 0.0;
+    return;
+  }
+  config["num_experts"] = e.count;
+  config["moe_intermediate_size"] = e.intermediate_size;
+  config["shared_expert_intermediate_size"] = e.shared_intermediate_size;
+  config["norm_topk_prob"] = e.normalize_weights;
+  config["decoder_sparse_step"] = 1;
+  config["mlp_only_layers"] = OrderedJson::array();
+  config["qkv_bias"] = shape.attention_bias;
+  config["use_sliding_window"] = false;
+  if (hf_names(shape).type == "qwen2_moe") return;
+  config["capstan_shared_gate"] = e.shared_gate;
+  config["capstan_router"] = e.router;
+  config["n_group"] = e.groups;
+  config["topk_group"] = e.groups_per_token;
+  config["routed_scaling_factor"] = e.scaling;
+  config["capstan_router_bias"] = e.bias_update_rate > 0;
+}
+
+void read_general_experts(Reader& reader, const Json& config, const std::string& type,
+                          ExpertShape& e) {
+  e.count = reader.size("num_experts", std::nullopt);
+  e.per_token = reader.size("num_experts_per_tok", std::nullopt);
+  e.intermediate_size = reader.size("moe_intermediate_size", std::nullopt);
+  const Json* shared = reader.find("shared_expert_intermediate_size");
+  const bool has_shared = shared && *shared != 0;
+  if (has_shared) e.shared_intermediate_size = reader.size("shared_expert_intermediate_size", 1);
+  e.normalize_weights = reader.boolean("norm_topk_prob", false);
+  reader.need_neutral("decoder_sparse_step", 1);
+  reader.need_neutral("mlp_only_layers", Json::array());
+  reader.need_neutral("use_sliding_window", false);
+  if (type == "qwen2_moe") {
+    e.shared_gate = true;
+    if (!has_shared) reader.complain("shared_expert_intermediate_size: need a positive integer");
+    // Biases on queries, keys and values only; here all four projections have them or none.
+    if (reader.boolean("qkv_bias", true))
+      reader.complain("qkv_bias: got true, this build has false");
+    return;
+  }
+  e.shared_gate = reader.boolean("capstan_shared_gate", false);
+  const Json* router = reader.find("capstan_router");
+  if (router && *router != "softmax" && *router != "sigmoid")
+    reader.complain(fmt::format("capstan_router: got {}, need softmax or sigmoid", router->dump()));
+  else if (router)
+    e.router = router->get<std::string>();
+  e.groups = reader.size("n_group", 1);
+  e.groups_per_token = reader.size("topk_group", 1);
+  e.scaling = reader.number(config, "routed_scaling_factor", 1);
+  reader.need_neutral("capstan_router_bias", false);
+}
+
+void read_experts(Reader& reader, const Json& config, const std::string& type, ModelShape& shape) {
+  ExpertShape& e = shape.experts;
+  if (shape.family == "mixtral") {
+    e.count = reader.size("num_local_experts", 8);
+    e.per_token = reader.size("num_experts_per_tok", 2);
+    e.intermediate_size = shape.intermediate_size;
+    reader.need_neutral("router_jitter_noise", 0.0);
+  } else if (shape.family == "moe") {
+    read_general_experts(reader, config, type, e);
+  } else {
+    return;
+  }
+  if (e.per_token > e.count)
+    reader.complain(
+        fmt::format("num_experts_per_tok {} is above the {} experts", e.per_token, e.count));
+  if (e.count % e.groups != 0 || e.groups_per_token > e.groups ||
+      e.count / e.groups * e.groups_per_token < e.per_token)
+    reader.complain(fmt::format("{} of {} groups do not give {} of {} experts", e.groups_per_token,
+                                e.groups, e.per_token, e.count));
+}
+
 }  // namespace
 
 std::string to_hf_config(const ModelShape& shape, DType dtype) {
@@ -154,6 +249,7 @@ std::string to_hf_config(const ModelShape& shape, DType dtype) {
   config["initializer_range"] = shape.initializer_range;
   config["torch_dtype"] = torch_name(dtype);
   config["use_cache"] = true;
+  write_experts(config, shape);
   return config.dump(2) + "\n";
 }
 
@@ -184,8 +280,9 @@ ModelShape from_hf_config(const std::string& json_text, const std::string& origi
   shape.max_position_embeddings = reader.size("max_position_embeddings", 2048);
   shape.rms_norm_eps = reader.number(config, "rms_norm_eps", 1e-6);
   shape.rope_theta = read_rope(reader, config);
-  if (type_name != "llama" &&
-      reader.find("sliding_window"))  // llama files may carry the key; it has no effect there
+  // Files of these may carry the key; it has no effect there.
+  const bool has_no_window = type_name == "llama" || type_name == "qwen2_moe";
+  if (!has_no_window && reader.find("sliding_window"))
     shape.sliding_window = reader.size("sliding_window", std::nullopt);
   shape.attention_bias = reader.boolean("attention_bias", false);
   shape.tie_word_embeddings = reader.boolean("tie_word_embeddings", false);
@@ -194,6 +291,7 @@ ModelShape from_hf_config(const std::string& json_text, const std::string& origi
     reader.complain(fmt::format("num_attention_heads {} does not divide by num_key_value_heads {}",
                                 shape.num_attention_heads, shape.num_key_value_heads));
   if (shape.head_dim % 2 != 0) reader.complain(fmt::format("head_dim {} is odd", shape.head_dim));
+  read_experts(reader, config, type_name, shape);
   reader.need_neutral("hidden_act", "silu");
   reader.need_neutral("attention_dropout", 0.0);
   reader.need_neutral("mlp_bias", false);

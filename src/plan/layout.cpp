@@ -51,32 +51,45 @@ Cut cut_vocabulary(const ParamSpec& spec, int parts, int index, int64_t multiple
   return {begin, std::min(local, size - begin), local, 1};
 }
 
-LocalParam make_local(const std::vector<ParamSpec>& table, int index, const LayoutOptions& options,
-                      const Coord& coord) {
-  const ParamSpec& spec = table.at(static_cast<size_t>(index));
-  const int tp = options.grid.sizes().tp;
+bool is_expert(const ParamSpec& spec) { return spec.expert >= 0; }
+
+LocalParam whole_param(const ParamSpec& spec, int index) {
   LocalParam param;
   param.spec = index;
   param.local_shape = spec.shape;
   param.real = whole_box(spec.shape);
+  return param;
+}
+
+// As a rank of the tensor axis holds a parameter that all experts share.
+LocalParam cut_tensor(const ParamSpec& spec, int index, const LayoutOptions& options, int tp_rank) {
+  const int tp = options.grid.sizes().tp;
+  LocalParam param = whole_param(spec, index);
   if (spec.tensor.kind == ShardRule::Kind::kReplicate) {
     param.holders = tp;
   } else {
     const bool vocabulary = spec.tensor.kind == ShardRule::Kind::kVocab;
     const auto dim = static_cast<size_t>(vocabulary ? 0 : spec.tensor.dim);
-    const Cut cut = vocabulary ? cut_vocabulary(spec, tp, coord.tp, options.vocab_multiple)
-                               : cut_split(spec, spec.tensor, tp, coord.tp);
+    const Cut cut = vocabulary ? cut_vocabulary(spec, tp, tp_rank, options.vocab_multiple)
+                               : cut_split(spec, spec.tensor, tp, tp_rank);
     param.local_shape[dim] = cut.local;
     param.real.begin[dim] = cut.begin;
     param.real.extent[dim] = cut.extent;
     param.holders = cut.holders;
   }
-  param.counted = coord.tp % param.holders == 0;
+  param.counted = tp_rank % param.holders == 0;
   // A copy on the residual stream sees whole tensors, so its gradient is already complete, unless
   // the stream itself is cut along the sequence.
   const bool partial = spec.site == Site::kSplit || options.sequence_parallel;
   if (param.holders > 1 && partial) param.extra_sum = Axis::kTp;
   return param;
+}
+
+bool holds_expert(const ParamSpec& spec, const Grid& grid, int rank) {
+  const int ep = grid.sizes().ep;
+  CAPSTAN_CHECK(spec.num_experts % ep == 0, "{}: {} experts over {} ranks", spec.name,
+                spec.num_experts, ep);
+  return spec.expert / (spec.num_experts / ep) == grid.index_along(Axis::kEp, rank);
 }
 
 // Where one parameter stands in its block: its fuse group's first member, then declared order.
@@ -106,8 +119,6 @@ void append(FlatBuffer& buffer, LocalParam param, bool starts_group) {
   buffer.numel += param.numel();
   buffer.params.push_back(std::move(param));
 }
-
-bool is_expert(const ParamSpec& spec) { return spec.expert.kind != ShardRule::Kind::kReplicate; }
 
 }  // namespace
 
@@ -144,59 +155,94 @@ int64_t RankLayout::numel(bool trainable_only) const {
   return sum;
 }
 
-Layout::Layout(ModelShape shape, std::vector<ParamSpec> table, LayoutOptions options)
-    : shape_(std::move(shape)), table_(std::move(table)), options_(std::move(options)) {
-  const int stages = options_.grid.sizes().pp, blocks = shape_.num_blocks();
+int LayoutOptions::pipeline_rank_of(int stage) const {
+  for (size_t rank = 0; rank < stage_of.size(); ++rank)
+    for (const int held : stage_of[rank])
+      if (held == stage) return static_cast<int>(rank);
+  CAPSTAN_CHECK(false, "no pipeline rank holds stage {}", stage);
+  return -1;
+}
+
+namespace {
+
+// Layers in equal parts; the embedding goes with the first, the head with the last.
+std::vector<int> equal_stages(int blocks, int stages) {
+  std::vector<int> begin;
+  const int layers = blocks - 2;
+  for (int stage = 0, layer = 0; stage < stages; ++stage) {
+    begin.push_back(stage == 0 ? 0 : std::min(layer + 1, blocks - stages + stage));
+    layer += layers / stages + (stage < layers % stages ? 1 : 0);
+  }
+  return begin;
+}
+
+}  // namespace
+
+void Layout::place_stages() {
+  const int ranks = options_.grid.sizes().pp, blocks = shape_.num_blocks();
+  if (options_.stage_of.empty())
+    for (int rank = 0; rank < ranks; ++rank) options_.stage_of.push_back({rank});
+  CAPSTAN_CHECK(static_cast<int>(options_.stage_of.size()) == ranks,
+                "stages of {} pipeline ranks for {}", options_.stage_of.size(), ranks);
+  int stages = 0;
+  for (const auto& held : options_.stage_of) stages += static_cast<int>(held.size());
   CAPSTAN_CHECK(stages <= blocks, "{} pipeline stages for {} blocks", stages, blocks);
   std::vector<int>& begin = options_.stage_begin;
-  if (begin.empty()) {
-    // Layers in equal parts; the embedding goes with the first, the head with the last.
-    const int layers = blocks - 2;
-    for (int stage = 0, layer = 0; stage < stages; ++stage) {
-      begin.push_back(stage == 0 ? 0 : std::min(layer + 1, blocks - stages + stage));
-      layer += layers / stages + (stage < layers % stages ? 1 : 0);
-    }
-  }
+  if (begin.empty()) begin = equal_stages(blocks, stages);
   const bool ascending =
       std::adjacent_find(begin.begin(), begin.end(), std::greater_equal<>()) == begin.end();
   CAPSTAN_CHECK(static_cast<int>(begin.size()) == stages && begin.front() == 0 && ascending &&
                     begin.back() < blocks,
                 "stage_begin needs {} ascending blocks from 0 to {}", stages, blocks - 1);
+}
+
+Layout::Layout(ModelShape shape, std::vector<ParamSpec> table, LayoutOptions options)
+    : shape_(std::move(shape)), table_(std::move(table)), options_(std::move(options)) {
+  place_stages();
+  const int blocks = shape_.num_blocks();
   for (const ParamSpec& spec : table_)
     CAPSTAN_CHECK(spec.block >= 0 && spec.block < blocks, "{}: block {} of a model with {} blocks",
                   spec.name, spec.block, blocks);
 }
 
-std::vector<FlatBuffer> Layout::buffers_of_block(int block, const Coord& coord) const {
-  const Grid::Sizes& sizes = options_.grid.sizes();
-  const bool frozen = std::find(options_.frozen_blocks.begin(), options_.frozen_blocks.end(),
-                                block) != options_.frozen_blocks.end();
-  const bool tied_apart = block == 0 && shape_.tie_word_embeddings && sizes.pp > 1;
+FlatBuffer Layout::empty_buffer(const ParamSpec& spec) const {
+  const auto& frozen = options_.frozen_blocks;
+  FlatBuffer buffer;
+  buffer.block = spec.block;
+  buffer.trainable = std::find(frozen.begin(), frozen.end(), spec.block) == frozen.end();
+  buffer.update = spec.update;
+  buffer.sum_axes = is_expert(spec) ? kExpertDataAxes : kDenseAxes;
+  if (options_.zero_stage > 0)
+    buffer.shard_axes =
+        is_expert(spec) ? AxisSet(Axis::kEdpShard) : AxisSet(Axis::kDpShard) | Axis::kCp;
+  buffer.shards = options_.grid.size_of(buffer.shard_axes);
+  CAPSTAN_CHECK(buffer.shards == 1 || spec.update == UpdateKind::kElementwise,
+                "{}: only elementwise buffers are cut into shards by this layout", spec.name);
+  return buffer;
+}
+
+std::vector<FlatBuffer> Layout::buffers_of_block(int block, int rank) const {
+  const Coord coord = options_.grid.coord(rank);
+  const int stages = static_cast<int>(options_.stage_begin.size());
+  const int first_rank = options_.pipeline_rank_of(0);
+  const bool tied_apart = block == 0 && shape_.tie_word_embeddings &&
+                          first_rank != options_.pipeline_rank_of(stages - 1);
   std::vector<FlatBuffer> buffers;
   std::map<std::tuple<bool, UpdateKind>, size_t> place;  // what tells buffers of one block apart
   std::vector<int> last_group;                           // fuse group that each buffer ended with
   for (const Member& member : members_of_block(table_, block)) {
     const ParamSpec& spec = table_[static_cast<size_t>(member.spec)];
-    CAPSTAN_CHECK(!is_expert(spec) || sizes.ep == 1, "{}: experts are not cut by this layout",
-                  spec.name);
+    if (is_expert(spec) && !holds_expert(spec, options_.grid, rank)) continue;
     const auto [it, is_new] = place.try_emplace({is_expert(spec), spec.update}, buffers.size());
     if (is_new) {
-      FlatBuffer buffer;
-      buffer.block = block;
-      buffer.trainable = !frozen;
-      buffer.update = spec.update;
-      buffer.sum_axes = kDenseAxes;
-      buffer.shard_axes = AxisSet(Axis::kDpShard) | Axis::kCp;
-      buffer.shards = options_.zero_stage > 0 ? options_.grid.size_of(buffer.shard_axes) : 1;
-      CAPSTAN_CHECK(buffer.shards == 1 || spec.update == UpdateKind::kElementwise,
-                    "{}: only elementwise buffers are cut into shards by this layout", spec.name);
-      buffers.push_back(std::move(buffer));
+      buffers.push_back(empty_buffer(spec));
       last_group.push_back(-1);
     }
-    LocalParam param = make_local(table_, member.spec, options_, coord);
+    LocalParam param = is_expert(spec) ? whole_param(spec, member.spec)
+                                       : cut_tensor(spec, member.spec, options_, coord.tp);
     if (tied_apart) {
       param.extra_sum = param.extra_sum | Axis::kPp;
-      param.counted = param.counted && coord.pp == 0;
+      param.counted = param.counted && coord.pp == first_rank;
     }
     append(buffers[it->second], std::move(param), last_group[it->second] != member.group_first);
     last_group[it->second] = member.group_first;
@@ -207,23 +253,25 @@ std::vector<FlatBuffer> Layout::buffers_of_block(int block, const Coord& coord) 
 }
 
 RankLayout Layout::rank(int rank) const {
-  const Coord coord = options_.grid.coord(rank);
-  const auto stage = static_cast<size_t>(coord.pp);
-  const bool is_last = stage + 1 == options_.stage_begin.size();
-  const int begin = options_.stage_begin[stage];
-  const int end = is_last ? shape_.num_blocks() : options_.stage_begin[stage + 1];
+  const int stages = static_cast<int>(options_.stage_begin.size());
   RankLayout layout;
   layout.rank = rank;
-  const auto add_buffers = [&](int block) {
-    for (FlatBuffer& buffer : buffers_of_block(block, coord))
-      layout.buffers.push_back(std::move(buffer));
-  };
-  // The last stage keeps its own copy of a tied embedding, laid out as on the first.
-  if (shape_.tie_word_embeddings && is_last && begin > 0) add_buffers(0);
-  for (int block = begin; block < end; ++block) {
-    layout.blocks.push_back(block);
-    add_buffers(block);
+  for (const int stage : options_.stage_of.at(static_cast<size_t>(options_.grid.coord(rank).pp))) {
+    const auto at = static_cast<size_t>(stage);
+    const int end = stage + 1 == stages ? shape_.num_blocks() : options_.stage_begin[at + 1];
+    std::vector<int> blocks;
+    for (int block = options_.stage_begin[at]; block < end; ++block) blocks.push_back(block);
+    layout.blocks.insert(layout.blocks.end(), blocks.begin(), blocks.end());
+    layout.chunks.push_back(std::move(blocks));
   }
+  std::sort(layout.blocks.begin(), layout.blocks.end());
+  std::vector<int> stored = layout.blocks;
+  // The last stage keeps its own copy of a tied embedding, laid out as on the first.
+  if (shape_.tie_word_embeddings && stored.back() == shape_.head_block() && stored.front() != 0)
+    stored.insert(stored.begin(), 0);
+  for (const int block : stored)
+    for (FlatBuffer& buffer : buffers_of_block(block, rank))
+      layout.buffers.push_back(std::move(buffer));
   return layout;
 }
 

@@ -10,23 +10,39 @@
 namespace capstan::plan {
 namespace {
 
-ModelPlan make_model_plan(const ModelShape& shape, const Grid& grid,
-                          const recipe::Parallel& parallel) {
+// First blocks of the stages: as given, or such that the most expensive stage is as cheap as can
+// be.
+std::vector<int> split_stages(const ModelShape& shape, const recipe::Pipeline& pipeline,
+                              const FlopCount& flops) {
+  std::vector<int> begin;
+  if (pipeline.split) {
+    int block = 0;
+    for (const int64_t layers : *pipeline.split) {
+      begin.push_back(block);
+      block += static_cast<int>(layers) + (block == 0 ? 1 : 0);
+    }
+    return begin;
+  }
+  const double layer = (flops.forward.linear + flops.forward.attention) /
+                       static_cast<double>(shape.num_hidden_layers);
+  std::vector<double> cost(static_cast<size_t>(shape.num_blocks()), layer);
+  cost.front() = 0;
+  cost.back() = flops.forward.head;
+  return balance_stages(cost, static_cast<int>(pipeline.size * pipeline.chunks));
+}
+
+ModelPlan make_model_plan(const ModelShape& shape, const Plan& plan) {
+  const recipe::Parallel& parallel = plan.resolved.parallel;
   ModelPlan model;
   model.shape = shape;
   std::vector<ParamSpec> table = find_family(shape.family).param_table(shape);
   model.parameters = count_parameters(table);
   LayoutOptions options;
-  options.grid = grid;
+  options.grid = plan.grid;
   options.zero_stage = static_cast<int>(parallel.zero.stage);
   options.sequence_parallel = parallel.sequence;
-  if (parallel.pipeline.split) {
-    int block = 0;
-    for (const int64_t layers : *parallel.pipeline.split) {
-      options.stage_begin.push_back(block);
-      block += static_cast<int>(layers) + (block == 0 ? 1 : 0);
-    }
-  }
+  options.stage_begin = split_stages(shape, parallel.pipeline, plan.flops);
+  options.stage_of = plan.schedule.stage_of;
   model.layout = Layout(shape, std::move(table), std::move(options));
   return model;
 }
@@ -38,22 +54,25 @@ FlopCount count_flops(const ModelShape& shape, int64_t sequence_length) {
   return flops;
 }
 
+// Stages without a layer hold the embedding (first) or the head (last).
 void check_split(Draft& draft, const ModelShape& shape) {
   const recipe::Pipeline& pipeline = draft.recipe.parallel.pipeline;
   if (!pipeline.split) return;
+  const std::vector<int64_t>& split = *pipeline.split;
+  const int64_t stages = pipeline.size * pipeline.chunks;
   int64_t layers = 0;
-  bool is_positive = true;
-  for (const int64_t part : *pipeline.split) {
-    layers += part;
-    is_positive = is_positive && part > 0;
+  bool is_legal = static_cast<int64_t>(split.size()) == stages;
+  for (size_t i = 0; i < split.size(); ++i) {
+    layers += split[i];
+    const bool is_end = i == 0 || i + 1 == split.size();
+    is_legal = is_legal && split[i] >= (is_end && split.size() > 1 ? 0 : 1);
   }
-  if (is_positive && layers == shape.num_hidden_layers &&
-      static_cast<int64_t>(pipeline.split->size()) == pipeline.size)
-    return;
+  if (is_legal && layers == shape.num_hidden_layers) return;
   draft.refuse({"parallel.pipeline.split",
-                fmt::format("{} stages with {} layers", pipeline.split->size(), layers),
-                fmt::format("{} stages of at least one layer, {} layers in all", pipeline.size,
-                            shape.num_hidden_layers),
+                fmt::format("{} stages with {} layers", split.size(), layers),
+                fmt::format("{} stages of at least one layer (first and last may have none), {} "
+                            "layers in all",
+                            stages, shape.num_hidden_layers),
                 "", "Set parallel.pipeline.split: auto"});
 }
 
@@ -96,17 +115,18 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);
+  if (batch && draft.problems.empty()) check_schedule_fits(draft, *batch);
   throw_if_refused(draft);
 
   plan.grid = *grid;
   plan.batch = *batch;
   plan.resolved = draft.recipe;
-  plan.models.emplace("policy", make_model_plan(shape, plan.grid, draft.recipe.parallel));
+  plan.flops = count_flops(shape, plan.batch.sequence_length);
   const recipe::Pipeline& pipeline = draft.recipe.parallel.pipeline;
   plan.schedule = build_schedule(
       pipeline.schedule, Pass::kTrain, static_cast<int>(pipeline.size * pipeline.chunks),
       static_cast<int>(plan.batch.micro_batches), static_cast<int>(pipeline.chunks));
-  plan.flops = count_flops(shape, plan.batch.sequence_length);
+  plan.models.emplace("policy", make_model_plan(shape, plan));
   plan.threads_per_rank = static_cast<int>(*draft.recipe.run.threads);
   plan.bucket_bytes = draft.recipe.parallel.bucket_mib * kMiB;
   plan.memory = report_memory(plan, 0);

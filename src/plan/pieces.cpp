@@ -154,6 +154,7 @@ std::vector<std::vector<int>> make_buckets(const RankLayout& layout, DType gradi
   for (const int i : order) {
     const int64_t bytes = buffer_at(i).numel * element;
     const bool joins = !buckets.empty() && filled + bytes <= bucket_bytes &&
+                       buffer_at(i).shard_axes.empty() &&
                        buffer_at(buckets.back().back()).sum_axes == buffer_at(i).sum_axes;
     if (!joins) {
       buckets.emplace_back();

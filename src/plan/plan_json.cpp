@@ -4,6 +4,7 @@
 
 #include "capstan/base/bytes.h"
 #include "capstan/plan/plan.h"
+#include "plan/rank_report_internal.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -92,20 +93,15 @@ const char* name_of_part(ActivationTerm::Part part) {
       return "layer_workspace";
     case ActivationTerm::Part::kHeadWorkspace:
       return "head_workspace";
+    case ActivationTerm::Part::kBlockInput:
+      return "block_input";
+    case ActivationTerm::Part::kWeightWork:
+      return "weight_work";
   }
   return "?";
 }
 
-Json memory_json(const Plan& plan) {
-  const MemoryReport& m = plan.memory;
-  const ModelShape& shape = plan.model().shape;
-  Json terms = Json::array();
-  for (const ActivationTerm& term :
-       find_family(shape.family).activation_bytes(shape, activation_query(plan)).terms)
-    terms.push_back({{"part", name_of_part(term.part)},
-                     {"phase", term.phase},
-                     {"name", term.name},
-                     {"bytes", term.bytes}});
+Json report_json(const MemoryReport& m) {
   return {{"rank", m.rank},
           {"parameters", m.parameters},
           {"master", m.master},
@@ -116,8 +112,19 @@ Json memory_json(const Plan& plan) {
           {"communication", m.communication},
           {"data", m.data},
           {"peak", m.peak()},
-          {"checkpoint_snapshot", m.checkpoint_snapshot},
-          {"activation_terms", terms}};
+          {"checkpoint_snapshot", m.checkpoint_snapshot}};
+}
+
+Json memory_json(const Plan& plan) {
+  Json terms = Json::array();
+  for (const ActivationTerm& term : activation_bytes_of(plan).terms)
+    terms.push_back({{"part", name_of_part(term.part)},
+                     {"phase", term.phase},
+                     {"name", term.name},
+                     {"bytes", term.bytes}});
+  Json json = report_json(plan.memory);
+  json["activation_terms"] = terms;
+  return json;
 }
 
 Json traffic_json(const Traffic& traffic) {
@@ -125,6 +132,20 @@ Json traffic_json(const Traffic& traffic) {
   for (const auto& [key, entry] : traffic)
     json[key] = {{"calls", entry.calls}, {"bytes", entry.bytes}};
   return json;
+}
+
+Json ranks_json(const Plan& plan) {
+  Json ranks = Json::array();
+  for (const RankReport& r : report_ranks(plan))
+    ranks.push_back({{"rank", r.rank},
+                     {"pp", r.coord.pp},
+                     {"blocks", r.blocks},
+                     {"parameters", r.parameters},
+                     {"flops", whole(r.flops)},
+                     {"flops_again", whole(r.flops_again)},
+                     {"memory", report_json(r.memory)},
+                     {"traffic", traffic_json(r.traffic)}});
+  return ranks;
 }
 
 Json buckets_json(const Plan& plan, const RankLayout& layout) {
@@ -200,6 +221,7 @@ std::string plan_json(const Plan& plan) {
   json["flops"] = flops_json(plan);
   json["memory"] = memory_json(plan);
   json["traffic"] = traffic_json(plan.traffic);
+  json["ranks"] = ranks_json(plan);
   json["buckets"] = buckets_json(plan, layout);
   json["schedule"] = schedule_json(plan.schedule);
   json["layout"] = layout_json(plan.model(), layout);

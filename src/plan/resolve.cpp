@@ -150,6 +150,7 @@ ModelShape resolve_shape(Draft& draft) {
   resolve_vocabulary(draft, shape);
   resolve_heads(draft, shape);
   resolve_positions(draft, shape);
+  resolve_experts(draft, shape);
   return shape;
 }
 
@@ -217,68 +218,19 @@ void resolve_zero(Draft& draft, int64_t data, Grid::Sizes& sizes) {
   sizes.dp_replicate = static_cast<int>(data / *zero.shard_size);
 }
 
-void check_tensor_axis(Draft& draft, const ModelShape& shape) {
-  const int64_t tensor = draft.recipe.parallel.tensor;
-  const auto need_multiple = [&](const char* key, int64_t size) {
-    if (size % tensor != 0)
-      draft.refuse({key, std::to_string(size),
-                    fmt::format("a multiple of parallel.tensor {}", tensor),
-                    "each tensor-parallel rank takes an equal part",
-                    fmt::format("Nearest: {}", nearest_multiples(size, tensor))});
-  };
-  need_multiple("model.num_attention_heads", shape.num_attention_heads);
-  need_multiple("model.intermediate_size", shape.intermediate_size);
-  const int64_t heads = shape.num_key_value_heads;
-  if (heads % tensor != 0 && tensor % heads != 0)
-    draft.refuse({"model.num_key_value_heads", std::to_string(heads),
-                  fmt::format("a multiple or a divisor of parallel.tensor {}", tensor),
-                  "key/value heads are shared out or copied evenly", ""});
-  if (draft.recipe.parallel.sequence && tensor == 1)
-    draft.refuse({"parallel.sequence", "true", "parallel.tensor above 1",
-                  "sequence parallel splits over the tensor axis", "Set parallel.sequence: false"});
-}
-
-void check_sequence_axes(Draft& draft) {
-  const recipe::Parallel& parallel = draft.recipe.parallel;
-  const int64_t context = parallel.context.size;
-  const int64_t unit = (context > 1 ? 2 * context : 1) * (parallel.sequence ? parallel.tensor : 1);
-  const int64_t length = draft.recipe.batch.sequence_length;
-  if (length % unit != 0)
-    draft.refuse({"batch.sequence_length", std::to_string(length),
-                  fmt::format("a multiple of {}", unit),
-                  "context and sequence parallel cut every row into equal parts",
-                  fmt::format("Nearest: {}", nearest_multiples(length, unit))});
-}
-
-void check_pipeline_axis(Draft& draft, const ModelShape& shape) {
-  const recipe::Pipeline& pipeline = draft.recipe.parallel.pipeline;
-  const std::vector<std::string> names = schedule_names();
-  if (std::find(names.begin(), names.end(), pipeline.schedule) == names.end())
-    draft.refuse({"parallel.pipeline.schedule", pipeline.schedule, "one of " + join(names, ", "),
-                  "this build has no other", ""});
-  if (pipeline.chunks != 1)
-    draft.refuse({"parallel.pipeline.chunks", std::to_string(pipeline.chunks), "1",
-                  "schedule gpipe has one stage per rank", ""});
-  if (pipeline.size > shape.num_hidden_layers)
-    draft.refuse({"parallel.pipeline.size", std::to_string(pipeline.size),
-                  fmt::format("at most model.num_hidden_layers {}", shape.num_hidden_layers),
-                  "every stage holds a layer", ""});
-}
-
 }  // namespace
 
 std::optional<Grid> resolve_grid(Draft& draft, const ModelShape& shape) {
   const recipe::Parallel& parallel = draft.recipe.parallel;
   const size_t before = draft.problems.size();
-  check_tensor_axis(draft, shape);
-  check_sequence_axes(draft);
-  check_pipeline_axis(draft, shape);
+  check_layout(draft, shape);
+  check_expert_axis(draft, shape);
   const std::optional<int64_t> data = resolve_data_axis(draft);
   if (!data) return std::nullopt;
   Grid::Sizes sizes;
   resolve_zero(draft, *data, sizes);
   const int64_t foldable = sizes.dp_shard * parallel.context.size * parallel.tensor;
-  if (foldable % parallel.expert != 0)
+  if (shape.experts.count > 0 && foldable % parallel.expert != 0)
     draft.refuse({"parallel.expert", std::to_string(parallel.expert),
                   fmt::format("a divisor of shard_size x context x tensor = {}", foldable),
                   "experts spread over these ranks", ""});

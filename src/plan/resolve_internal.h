@@ -34,16 +34,20 @@ struct Draft {
 
 void resolve_run(Draft& draft);
 [[nodiscard]] ModelShape resolve_shape(Draft& draft);
+void resolve_experts(Draft& draft, ModelShape& shape);
+void check_expert_axis(Draft& draft, const ModelShape& shape);
 [[nodiscard]] std::optional<Grid> resolve_grid(Draft& draft, const ModelShape& shape);
+// The table of legal combinations (src/plan/legal.cpp), for what needs no rank grid.
+void check_layout(Draft& draft, const ModelShape& shape);
+void check_schedule_fits(Draft& draft, const BatchPlan& batch);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);
 void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);
 
 // All of these read a plan whose models, grid, schedule, precision and batch are set.
-[[nodiscard]] MemoryReport report_memory(const Plan& plan, int rank);
-[[nodiscard]] Traffic predict_traffic(const Plan& plan, int rank);
 [[nodiscard]] int64_t predict_checkpoint_bytes(const Plan& plan);
-[[nodiscard]] ActivationQuery activation_query(const Plan& plan);
+// Of one micro-batch on one rank of the tensor and context axes.
+[[nodiscard]] ActivationBytes activation_bytes_of(const Plan& plan);
 void check_memory(Draft& draft, const Plan& plan);
 
 }  // namespace capstan::plan

@@ -5,122 +5,80 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <functional>
-#include <map>
 
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/base/text.h"
+#include "plan/schedule_internal.h"
 
 namespace capstan::plan {
 namespace {
 
-using List = std::vector<Instruction>;
-// Order of the computations of one pipeline rank, transfers left out.
-using OrderBuilder = std::function<List(const Schedule& schedule, int rank)>;
+using schedules::Kind;
+using schedules::Shape;
 
-// All forwards, then all backwards. A single stage runs each micro-batch to its end instead.
-List gpipe_order(const Schedule& schedule, int) {
-  List list;
-  const auto add = [&](Op op, int micro_batch) { list.push_back({op, 0, micro_batch}); };
-  const bool one_by_one = schedule.stages == 1;
-  for (int m = 0; m < schedule.micro_batches; ++m) {
-    add(Op::kForward, m);
-    if (one_by_one && schedule.pass == Pass::kTrain) add(Op::kBackward, m);
-  }
-  for (int m = 0; m < schedule.micro_batches && !one_by_one && schedule.pass == Pass::kTrain; ++m)
-    add(Op::kBackward, m);
-  return list;
+const Kind* find_kind(const std::string& name) {
+  const std::vector<Kind>& kinds = schedules::kinds();
+  const auto found =
+      std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.name == name; });
+  return found == kinds.end() ? nullptr : &*found;
 }
 
-struct Kind {
-  int chunks;  // allowed chunks per rank
-  OrderBuilder order;
-};
-
-const std::map<std::string, Kind>& kinds() {
-  static const std::map<std::string, Kind> table = {{"gpipe", {1, gpipe_order}}};
-  return table;
-}
-
-[[noreturn]] void refuse_kind(const std::string& kind) {
-  const std::vector<std::string> known = {"1f1b", "interleaved", "zero_bubble"};
+ErrorText unknown_kind(const std::string& name) {
   const std::vector<std::string> names = schedule_names();
-  const bool is_later = std::find(known.begin(), known.end(), kind) != known.end();
-  throw ConfigError(ErrorText{.module = "plan",
-                              .what = "parallel.pipeline.schedule",
-                              .got = quote(kind) + (is_later ? ", which is not in this build" : ""),
-                              .need = "one of " + join(names, ", ")});
+  const auto near = nearest_name(name, names);
+  return {.module = "plan",
+          .what = "parallel.pipeline.schedule",
+          .got = quote(name),
+          .need = "one of " + join(names, ", "),
+          .fix = near ? "Did you mean " + *near + "?" : ""};
 }
 
-bool is_backward(Op op) { return op == Op::kBackward || op == Op::kBackwardInput; }
-
-// Receives go right before their use, sends right after their source; gradients of a chunk are
-// final after its last backward.
-List add_transfers(const Schedule& schedule, const List& order, int rank) {
-  std::map<int, size_t> last_backward;  // chunk -> place in `order`
-  for (size_t i = 0; i < order.size(); ++i)
-    if (is_backward(order[i].op) || order[i].op == Op::kBackwardWeight)
-      last_backward[order[i].chunk] = i;
-  List list;
-  const auto add = [&](Op op, const Instruction& source, int peer) {
-    list.push_back({op, source.chunk, source.micro_batch, peer, static_cast<int>(list.size())});
-  };
-  const auto peer_of = [&](int stage) { return schedule.rank_of[static_cast<size_t>(stage)]; };
-  for (size_t i = 0; i < order.size(); ++i) {
-    const Instruction& work = order[i];
-    const int stage = schedule.stage_of[static_cast<size_t>(rank)][static_cast<size_t>(work.chunk)];
-    const bool forward = work.op == Op::kForward, backward = is_backward(work.op);
-    const bool has_before = stage > 0, has_after = stage + 1 < schedule.stages;
-    if (forward && has_before) add(Op::kReceiveActivation, work, peer_of(stage - 1));
-    if (backward && has_after) add(Op::kReceiveGradient, work, peer_of(stage + 1));
-    add(work.op, work, -1);
-    if (forward && has_after) add(Op::kSendActivation, work, peer_of(stage + 1));
-    if (backward && has_before) add(Op::kSendGradient, work, peer_of(stage - 1));
-    const auto last = last_backward.find(work.chunk);
-    if (last != last_backward.end() && last->second == i)
-      add(Op::kReduce, {Op::kReduce, work.chunk, 0}, -1);
-  }
-  if (schedule.pass == Pass::kTrain) add(Op::kStep, {Op::kStep, 0, 0}, -1);
-  return list;
+std::optional<ErrorText> chunks_problem(const Kind& kind, int chunks) {
+  if (chunks >= kind.least_chunks && chunks <= kind.most_chunks) return std::nullopt;
+  std::string need = std::to_string(kind.least_chunks);
+  if (kind.most_chunks == kind.least_chunks + 1)
+    need += fmt::format(" or {}", kind.most_chunks);
+  else if (kind.most_chunks > kind.least_chunks)
+    need += " or more";
+  return ErrorText{.module = "plan",
+                   .what = "parallel.pipeline.chunks",
+                   .got = std::to_string(chunks),
+                   .need = need,
+                   .why = fmt::format("schedule {} has that many stages per rank", kind.name)};
 }
 
-void place_stages(Schedule& schedule, int ranks, int chunks) {
-  schedule.stage_of.assign(static_cast<size_t>(ranks),
-                           std::vector<int>(static_cast<size_t>(chunks)));
-  schedule.rank_of.assign(static_cast<size_t>(ranks) * static_cast<size_t>(chunks), 0);
-  for (int stage = 0; stage < ranks * chunks; ++stage) {
-    schedule.stage_of[static_cast<size_t>(stage % ranks)][static_cast<size_t>(stage / ranks)] =
-        stage;
-    schedule.rank_of[static_cast<size_t>(stage)] = stage % ranks;
-  }
+std::optional<ErrorText> rounds_problem(const Kind& kind, int ranks, int micro_batches) {
+  if (!kind.in_rounds || ranks == 1 || micro_batches % ranks == 0) return std::nullopt;
+  const int below = micro_batches / ranks * ranks;
+  std::string nearest = std::to_string(below + ranks);
+  if (below > 0) nearest = fmt::format("{} or {}", below, nearest);
+  return ErrorText{
+      .module = "plan",
+      .what = "micro-batches per step",
+      .got = std::to_string(micro_batches),
+      .need = fmt::format("a multiple of the {} pipeline ranks, nearest {}", ranks, nearest),
+      .why = fmt::format("schedule {} runs rounds of one micro-batch per rank", kind.name),
+      .fix = "Change batch.global_samples or batch.micro_samples, or take schedule 1f1b"};
 }
 
-std::string draw_instruction(const Instruction& i, bool chunked) {
-  const std::string chunk = chunked ? fmt::format(".{}", i.chunk) : "";
-  switch (i.op) {
-    case Op::kForward:
-      return fmt::format("F{}{}", i.micro_batch, chunk);
-    case Op::kBackward:
-      return fmt::format("B{}{}", i.micro_batch, chunk);
-    case Op::kBackwardInput:
-      return fmt::format("I{}{}", i.micro_batch, chunk);
-    case Op::kBackwardWeight:
-      return fmt::format("W{}{}", i.micro_batch, chunk);
-    case Op::kSendActivation:
-      return fmt::format(">{}", i.peer);
-    case Op::kReceiveActivation:
-      return fmt::format("{}>", i.peer);
-    case Op::kSendGradient:
-      return fmt::format("<{}", i.peer);
-    case Op::kReceiveGradient:
-      return fmt::format("{}<", i.peer);
-    case Op::kReduce:
-      return "reduce" + chunk;
-    case Op::kStep:
-      return "step";
-  }
-  return "?";
+std::optional<ErrorText> find_problem(const std::string& kind, const Shape& shape) {
+  const Kind* found = find_kind(kind);
+  if (!found) return unknown_kind(kind);
+  if (auto problem = chunks_problem(*found, shape.chunks)) return problem;
+  if (shape.pass != Pass::kTrain) return std::nullopt;
+  return rounds_problem(*found, shape.ranks, shape.micro_batches);
+}
+
+void place_stages(Schedule& schedule, const Kind& kind, const Shape& shape) {
+  schedule.stage_of.assign(static_cast<size_t>(shape.ranks), {});
+  schedule.rank_of.assign(static_cast<size_t>(schedule.stages), 0);
+  for (int rank = 0; rank < shape.ranks; ++rank)
+    for (int chunk = 0; chunk < shape.chunks; ++chunk) {
+      const int stage = schedules::place(kind, shape, rank, chunk);
+      schedule.stage_of[static_cast<size_t>(rank)].push_back(stage);
+      schedule.rank_of[static_cast<size_t>(stage)] = rank;
+    }
 }
 
 }  // namespace
@@ -151,34 +109,45 @@ const char* name_of(Op op) {
   return "?";
 }
 
+bool is_send(Op op) { return op == Op::kSendActivation || op == Op::kSendGradient; }
+bool is_receive(Op op) { return op == Op::kReceiveActivation || op == Op::kReceiveGradient; }
+
 std::vector<std::string> schedule_names() {
   std::vector<std::string> names;
-  for (const auto& [name, kind] : kinds()) names.push_back(name);
+  for (const Kind& kind : schedules::kinds()) names.emplace_back(kind.name);
   return names;
+}
+
+std::optional<std::string> schedule_problem(const std::string& kind, int ranks, int micro_batches,
+                                            int chunks) {
+  CAPSTAN_CHECK(ranks >= 1 && micro_batches >= 1, "{} pipeline ranks, {} micro-batches", ranks,
+                micro_batches);
+  const auto problem = find_problem(kind, {Pass::kTrain, ranks, micro_batches, chunks});
+  if (!problem) return std::nullopt;
+  std::string text = fmt::format("{}: got {}, need {}", problem->what, problem->got, problem->need);
+  if (!problem->why.empty()) text += fmt::format(" ({})", problem->why);
+  return text;
 }
 
 Schedule build_schedule(const std::string& kind, Pass pass, int stages, int micro_batches,
                         int chunks) {
-  const auto found = kinds().find(kind);
-  if (found == kinds().end()) refuse_kind(kind);
-  if (chunks != found->second.chunks)
-    throw ConfigError(ErrorText{.module = "plan",
-                                .what = "parallel.pipeline.chunks",
-                                .got = std::to_string(chunks),
-                                .need = std::to_string(found->second.chunks),
-                                .why = "schedule " + kind + " has that many stages per rank"});
-  CAPSTAN_CHECK(stages >= 1 && micro_batches >= 1 && stages % chunks == 0,
-                "a schedule of {} stages in {} chunks with {} micro-batches", stages, chunks,
-                micro_batches);
+  CAPSTAN_CHECK(stages >= 1 && micro_batches >= 1, "a schedule of {} stages, {} micro-batches",
+                stages, micro_batches);
+  const int ranks = chunks >= 1 ? std::max(stages / chunks, 1) : 1;
+  const Shape shape{pass, ranks, micro_batches, chunks};
+  if (const auto problem = find_problem(kind, shape)) throw ConfigError(*problem);
+  CAPSTAN_CHECK(stages % chunks == 0, "{} stages in {} chunks per rank", stages, chunks);
+
   Schedule schedule;
   schedule.name = kind;
   schedule.pass = pass;
   schedule.stages = stages;
   schedule.micro_batches = micro_batches;
-  const int ranks = stages / chunks;
-  place_stages(schedule, ranks, chunks);
-  for (int rank = 0; rank < ranks; ++rank)
-    schedule.ranks.push_back(add_transfers(schedule, found->second.order(schedule, rank), rank));
+  const Kind& found = *find_kind(kind);
+  place_stages(schedule, found, shape);
+  std::vector<schedules::List> orders;
+  for (int rank = 0; rank < ranks; ++rank) orders.push_back(found.order(shape, rank));
+  schedules::complete_lists(schedule, orders);
   return schedule;
 }
 
@@ -192,24 +161,6 @@ int peak_in_flight(const Schedule& schedule, int pipeline_rank) {
     if (frees) --now;
   }
   return peak;
-}
-
-std::string draw_schedule(const Schedule& schedule, int columns) {
-  std::string text;
-  for (size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
-    const bool chunked = schedule.stage_of[rank].size() > 1;
-    std::vector<std::string> words;
-    for (const Instruction& i : schedule.ranks[rank]) words.push_back(draw_instruction(i, chunked));
-    std::string line = join(words, " ");
-    const auto room = static_cast<size_t>(std::max(columns, 40));
-    if (line.size() > room) {
-      const size_t head = line.rfind(' ', room / 2),
-                   tail = line.find(' ', line.size() - room / 2 + 5);
-      line = line.substr(0, head) + " ..." + line.substr(tail);
-    }
-    text += fmt::format("rank {} | {}\n", rank, line);
-  }
-  return text;
 }
 
 }  // namespace capstan::plan

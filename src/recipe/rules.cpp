@@ -25,6 +25,7 @@ const std::vector<Rule>& rules() {
   static const std::vector<Rule> table = [] {
     std::vector<Rule> all = run_rules();
     for (const Rule& rule : model_rules()) all.push_back(rule);
+    for (const Rule& rule : expert_rules()) all.push_back(rule);
     return all;
   }();
   return table;

@@ -47,6 +47,7 @@ struct Rule {
 [[nodiscard]] const std::vector<Rule>& rules();
 // Parts of the table, by subject.
 [[nodiscard]] std::vector<Rule> model_rules();
+[[nodiscard]] std::vector<Rule> expert_rules();
 [[nodiscard]] std::vector<Rule> run_rules();
 
 }  // namespace capstan::recipe

@@ -94,6 +94,52 @@ void add_model_keys(std::vector<Key>& t) {
   t.push_back(KEY(model.initializer_range, "Standard deviation of the initial weights.").above(0));
 }
 
+void add_expert_keys(std::vector<Key>& t) {
+  t.push_back(KEY(model.experts.count,
+                  "Experts in the place of every feed-forward layer; families mixtral and moe. "
+                  "0 = none.")
+                  .range(0, 4096));
+  t.push_back(KEY(model.experts.per_token, "Experts chosen for a token.").range(1, 256));
+  t.push_back(
+      KEY(model.experts.intermediate_size, "Width of one expert; auto = model.intermediate_size.")
+          .word("auto")
+          .range(1, kWide));
+  t.push_back(KEY(model.experts.shared_intermediate_size,
+                  "Width of the expert that sees every token; 0 = there is none.")
+                  .range(0, kWide));
+  t.push_back(KEY(model.experts.shared_gate,
+                  "The shared expert's output is scaled by the sigmoid of a learned product."));
+  t.push_back(KEY(model.experts.router, "Scores of the experts from their logits.").choice());
+  t.push_back(KEY(model.experts.normalize_weights,
+                  "The weights of a token's experts are scaled to sum 1."));
+  t.push_back(KEY(model.experts.groups, "Groups of consecutive experts for a limited choice.")
+                  .range(1, 4096));
+  t.push_back(KEY(model.experts.groups_per_token,
+                  "Groups that a token may choose from: those whose best two scores have the "
+                  "largest sums.")
+                  .range(1, 4096));
+  t.push_back(KEY(model.experts.scaling, "Factor of the experts' weights.").above(0));
+  t.push_back(KEY(model.experts.auxiliary_loss,
+                  "Coefficient of the load-balancing loss of each layer; 0 = off.")
+                  .at_least(0));
+  t.push_back(KEY(model.experts.auxiliary_scope,
+                  "Where the loss takes the load from; sequence: the same row; global: the whole "
+                  "batch of the previous step.")
+                  .choice());
+  t.push_back(KEY(model.experts.z_loss,
+                  "Coefficient of the squared log-sum-exp of the router's logits; 0 = off.")
+                  .at_least(0));
+  t.push_back(KEY(model.experts.bias_update_rate,
+                  "What a step adds to or takes from the bias of an expert with less or more than "
+                  "its share of the load; the bias acts on the choice alone; 0 = off.")
+                  .at_least(0));
+  t.push_back(KEY(model.experts.capacity_factor,
+                  "Tokens of a row beyond this times an expert's even share pass it by; none = no "
+                  "token is dropped.")
+                  .word("none")
+                  .above(0));
+}
+
 void add_data_keys(std::vector<Key>& t) {
   t.push_back(KEY(data.tokenizer, "Folder with tokenizer.json; none needs model.vocab_size.")
                   .required()
@@ -188,54 +234,37 @@ void add_parallel_keys(std::vector<Key>& t) {
           .range(1, kManyRanks)
           .unit("ranks")
           .free());
-  t.push_back(KEY(parallel.tensor, "Tensor-parallel ranks.")
-                  .range(1, kManyRanks)
-                  .unit("ranks")
-                  .free()
-                  .later("tensor parallelism"));
+  t.push_back(
+      KEY(parallel.tensor, "Tensor-parallel ranks.").range(1, kManyRanks).unit("ranks").free());
   t.push_back(
       KEY(parallel.sequence, "Split norms and residual along the sequence; needs tensor > 1.")
-          .free()
-          .later("sequence parallelism"));
-  t.push_back(KEY(parallel.pipeline.size, "Pipeline stages.")
-                  .range(1, kManyRanks)
-                  .unit("ranks")
-                  .free()
-                  .later("pipeline parallelism"));
+          .free());
+  t.push_back(
+      KEY(parallel.pipeline.size, "Pipeline stages.").range(1, kManyRanks).unit("ranks").free());
   t.push_back(KEY(parallel.pipeline.schedule, "Order of the micro-batches.").choice().free());
-  t.push_back(KEY(parallel.pipeline.chunks, "Stages per rank.")
-                  .range(1, 4096)
-                  .free()
-                  .later("pipeline parallelism"));
+  t.push_back(KEY(parallel.pipeline.chunks, "Stages per rank.").range(1, 4096).free());
   t.push_back(KEY(parallel.pipeline.split, "Layers of each stage; auto = as even as possible.")
                   .word("auto")
                   .range(0, 4096)
-                  .free()
-                  .later("pipeline parallelism"));
+                  .free());
   t.push_back(KEY(parallel.context.size, "Ranks that share one sequence.")
                   .range(1, kManyRanks)
                   .unit("ranks")
-                  .free()
-                  .later("context parallelism"));
+                  .free());
   t.push_back(KEY(parallel.context.method, "How keys and values travel.").choice().free());
-  t.push_back(KEY(parallel.expert, "Expert-parallel ranks.")
-                  .range(1, kManyRanks)
-                  .unit("ranks")
-                  .free()
-                  .later("expert parallelism"));
+  t.push_back(
+      KEY(parallel.expert, "Expert-parallel ranks.").range(1, kManyRanks).unit("ranks").free());
   t.push_back(KEY(parallel.zero.stage,
                   "0: copies on every rank; 1, 2, 3: optimizer, gradients, parameters "
                   "are sharded.")
                   .range(0, 3)
-                  .free()
-                  .later("ZeRO"));
+                  .free());
   t.push_back(
       KEY(parallel.zero.shard_size, "Ranks that share one copy; auto = all data-parallel ranks.")
           .word("auto")
           .range(1, kManyRanks)
           .unit("ranks")
-          .free()
-          .later("ZeRO"));
+          .free());
   t.push_back(KEY(parallel.zero.reduce,
                   "When gradients are reduced; auto = step for stages 0 and 1, else "
                   "micro_batch.")
@@ -243,8 +272,12 @@ void add_parallel_keys(std::vector<Key>& t) {
                   .free());
   t.push_back(
       KEY(parallel.zero.reshard_after_forward, "Stage 3: drop gathered weights after the forward.")
-          .free()
-          .later("ZeRO"));
+          .free());
+  t.push_back(
+      KEY(parallel.zero.prefetch, "Stage 3: blocks whose weights are gathered ahead of their use.")
+          .range(0, 64)
+          .unit("blocks")
+          .free());
   t.push_back(KEY(parallel.zero.offload, "What is kept in host memory.").choice().free());
   t.push_back(KEY(parallel.recompute.mode, "What the backward computes again.").choice().free());
   t.push_back(KEY(parallel.recompute.parts, "Parts of a layer for mode selective.")
@@ -302,6 +335,7 @@ std::vector<Key> build_table() {
   std::vector<Key> table;
   add_run_keys(table);
   add_model_keys(table);
+  add_expert_keys(table);
   add_data_keys(table);
   add_optimizer_keys(table);
   add_precision_keys(table);

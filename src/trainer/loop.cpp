@@ -17,6 +17,7 @@
 #include "capstan/device/allocator.h"
 #include "capstan/device/isa.h"
 #include "capstan/device/matmul_peak.h"
+#include "capstan/launch/run_folder.h"
 #include "capstan/trainer/batches.h"
 #include "capstan/trainer/evaluate.h"
 #include "capstan/trainer/run_directory.h"
@@ -292,7 +293,7 @@ TrainResult Loop::run() {
     if (agreed_.stop_signal != 0 && step() < in_.plan.batch.total_steps) {
       if (is_first())
         tell(fmt::format("{}: saving step {}; Ctrl-C again stops at once\n",
-                         signal_name(agreed_.stop_signal), step()));
+                         launch::signal_name(agreed_.stop_signal), step()));
       save(true);
       return finish(exit_codes::kPreempted);
     }
@@ -321,6 +322,7 @@ TrainResult Loop::finish(int exit_code) {
   return {.exit_code = exit_code,
           .step = step(),
           .loss = last_loss_,
+          .stop_signal = exit_code == exit_codes::kPreempted ? agreed_.stop_signal : 0,
           .run_directory = in_.run_directory.string()};
 }
 

@@ -68,19 +68,7 @@ std::optional<ResumePoint> find_resume_point(const Path& run_directory, const st
     auto found = checkpoint::find_newest_good_step(checkpoints, verify, group);
     return found ? std::optional(read_point(std::move(*found))) : std::nullopt;
   }
-  if (resume == "none") {
-    const bool used =
-        group.gather(group.rank() == 0 && !checkpoint::list_steps(checkpoints).empty() ? "yes" : "")
-            .front() == "yes";
-    if (used)
-      throw ConfigError(
-          {.module = "trainer",
-           .what = "--resume none",
-           .got = "checkpoints in " + checkpoints.string(),
-           .need = "a new run directory",
-           .fix = "Give another name (--set run.name=NAME), or --resume auto to go on"});
-    return std::nullopt;
-  }
+  if (resume == "none") return std::nullopt;  // the directory was found unused before it was opened
   const Path folder = resume;
   std::error_code ignored;
   if (!std::filesystem::is_regular_file(folder / "manifest.json", ignored))

@@ -82,14 +82,4 @@ void RunDirectory::write_recipe(const std::string& recipe_yaml,
   write_file_atomic(path_ / "plan.json", plan_json);
 }
 
-void write_exit_report(const Path& run_directory, const ExitReport& report) {
-  json::Json root = {{"code", report.code}, {"class", report.cause},     {"rank", report.rank},
-                     {"host", host_name()}, {"message", report.message}, {"time", utc_now()}};
-  root["signal"] = report.signal.empty() ? json::Json() : json::Json(report.signal);
-  root["last_committed_step"] =
-      report.last_committed_step ? json::Json(*report.last_committed_step) : json::Json();
-  write_file_atomic(run_directory / "exit.json",
-                    root.dump(1, ' ', false, json::Json::error_handler_t::replace) + "\n");
-}
-
 }  // namespace capstan::trainer

@@ -37,17 +37,4 @@ int stop_signal() { return requested; }
 void request_stop(int signal) { requested = signal; }
 void clear_stop() { requested = 0; }
 
-std::string signal_name(int signal) {
-  switch (signal) {
-    case SIGTERM:
-      return "SIGTERM";
-    case SIGINT:
-      return "SIGINT";
-    case SIGUSR1:
-      return "SIGUSR1";
-    default:
-      return "signal " + std::to_string(signal);
-  }
-}
-
 }  // namespace capstan::trainer

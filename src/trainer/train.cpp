@@ -9,7 +9,9 @@
 #include "capstan/base/error.h"
 #include "capstan/base/log.h"
 #include "capstan/checkpoint/saver.h"
+#include "capstan/comm/threads.h"
 #include "capstan/device/threads.h"
+#include "capstan/launch/run_folder.h"
 #include "capstan/text/tokenizer.h"
 #include "capstan/trainer/run_directory.h"
 #include "trainer/loop.h"
@@ -25,6 +27,7 @@ std::unique_ptr<RunDirectory> open_run_directory(const Path& path, const TrainOp
   std::string failure;
   if (group.rank() == 0) {
     try {
+      if (options.resume == "none") launch::check_unused(path, options.attempt.value_or(-1));
       directory =
           std::make_unique<RunDirectory>(path, options.attempt.value_or(next_attempt(path)));
     } catch (const ConfigError& error) {
@@ -99,6 +102,21 @@ void set_newer_steps_aside(const ResumePoint& point, const RunDirectory& directo
   }
 }
 
+// Not of a refused recipe or resume: nothing was started, and the directory keeps the report of the
+// run that is in it.
+void report_failure(const Path& run_directory, int rank, const std::exception& error) {
+  const auto* own = dynamic_cast<const Error*>(&error);
+  const std::string name = own != nullptr ? own->class_name() : "exception";
+  const int code = own != nullptr ? own->run_exit_code() : exit_codes::kWorkerFailure;
+  if (code == exit_codes::kUsage) return;
+  launch::write_exit_report(run_directory, {.code = code,
+                                            .cause = launch::cause_of_error(name),
+                                            .error = name,
+                                            .rank = rank,
+                                            .worker_exit_code = code,
+                                            .message = error.what()});
+}
+
 std::optional<TrainResult> already_finished(const std::optional<ResumePoint>& point,
                                             const plan::Plan& plan, const Path& run_directory) {
   if (!point || point->scalars.step < plan.batch.total_steps) return std::nullopt;
@@ -163,33 +181,41 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
 TrainResult train(const TrainOptions& options, const comm::Communicator& world) {
   world.set_timeout(options.recipe.recipe.run.start_timeout_s);
   const Path path = run_directory_of(options.recipe.recipe);
-  const auto report = [&](int code, const std::string& cause, const std::string& message) {
-    std::error_code ignored;
-    if (world.rank() != 0 || !std::filesystem::is_directory(path, ignored)) return;
-    try {
-      const std::vector<checkpoint::CommittedStep> steps =
-          checkpoint::list_steps(path / "checkpoints");
-      write_exit_report(path, {code, cause, world.rank(), "", message,
-                               steps.empty() ? std::nullopt : std::optional(steps.front().step)});
-    } catch (const std::exception& error) {
-      log::warning("trainer", "exit.json was not written: {}", error.what());
-    }
-  };
   try {
     TrainResult result = train_in(options, world, path);
-    report(result.exit_code, result.exit_code == 0 ? "done" : "preempted", "");
+    if (world.rank() == 0)
+      launch::write_exit_report(path, {.code = result.exit_code,
+                                       .cause = result.exit_code == 0 ? "done" : "preempted",
+                                       .signal = result.stop_signal});
     return result;
-  } catch (const ConfigError&) {
-    throw;  // nothing was started: the directory keeps the report of the run that is in it
   } catch (const comm::AbortedError&) {
     throw;  // another rank is the cause; who watches the ranks knows which
-  } catch (const Error& error) {
-    report(error.run_exit_code(), error.class_name(), error.what());
-    throw;
   } catch (const std::exception& error) {
-    report(exit_codes::kWorkerFailure, "exception", error.what());
+    if (world.rank() == 0) report_failure(path, 0, error);
     throw;
   }
+}
+
+TrainResult train_as_threads(const TrainOptions& options, int nproc) {
+  const recipe::Run& run = options.recipe.recipe.run;
+  TrainResult first;
+  try {
+    comm::run_thread_ranks(nproc,
+                           [&](const comm::Communicator& world) {
+                             TrainResult result = train(options, world);
+                             if (world.rank() == 0) first = std::move(result);
+                           },
+                           {.timeout_s = run.start_timeout_s,
+                            .threads_per_rank = static_cast<int>(run.threads.value_or(1))});
+  } catch (const comm::RankError& error) {
+    try {
+      std::rethrow_exception(error.cause());
+    } catch (const std::exception& cause) {
+      report_failure(run_directory_of(options.recipe.recipe), error.rank(), cause);
+    }
+    throw;
+  }
+  return first;
 }
 
 }  // namespace capstan::trainer

@@ -42,9 +42,19 @@ Outcome run_driver(const Path& directory, int64_t step,
   return {WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status)};
 }
 
+// The loader cuts LD_PRELOAD at spaces, which the path of the build tree may contain.
+const std::string& preload() {
+  static const test::TempDir folder;
+  static const std::string setting = [] {
+    const Path copy = folder.path() / "syscall_shim.so";
+    std::filesystem::copy_file(CAPSTAN_SYSCALL_SHIM, copy);
+    return "LD_PRELOAD=" + copy.string();
+  }();
+  return setting;
+}
+
 std::vector<std::string> with_fault(const std::string& kind, long at) {
-  return {"LD_PRELOAD=" CAPSTAN_SYSCALL_SHIM, "CAPSTAN_FAULT=" + kind,
-          "CAPSTAN_FAULT_AT=" + std::to_string(at)};
+  return {preload(), "CAPSTAN_FAULT=" + kind, "CAPSTAN_FAULT_AT=" + std::to_string(at)};
 }
 
 long count_calls(const Path& scratch) {
@@ -52,11 +62,9 @@ long count_calls(const Path& scratch) {
   std::filesystem::create_directories(directory);
   const Path file = scratch / "calls";
   EXPECT_EQ(run_driver(directory, 100, {}).exit_code, 0);
-  EXPECT_EQ(
-      run_driver(directory, 200,
-                 {"LD_PRELOAD=" CAPSTAN_SYSCALL_SHIM, "CAPSTAN_FAULT_COUNT_FILE=" + file.string()})
-          .exit_code,
-      0);
+  EXPECT_EQ(run_driver(directory, 200, {preload(), "CAPSTAN_FAULT_COUNT_FILE=" + file.string()})
+                .exit_code,
+            0);
   return std::stol(read_file(file));
 }
 

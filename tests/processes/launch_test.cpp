@@ -369,6 +369,28 @@ TEST_F(Launch, Tee_CopiesRankZeroWhole) {
   EXPECT_THAT(log(1, "stdout.log"), HasSubstr("rank 1 line 4999\n"));
 }
 
+TEST_F(Launch, Logs_StayBelowTheirLimit) {
+  LocalLaunch launch = shell(
+      "i=0; while test $i -lt 20000; do echo rank $RANK line $i; i=$((i+1)); done; exit 7", 2);
+  launch.log_limit_bytes = 32 << 10;
+  const LaunchResult result = run_local(launch);
+  EXPECT_EQ(result.exit_code, 7);
+  ASSERT_TRUE(result.failure.has_value());
+  ASSERT_EQ(result.failure->last_lines.size(), 20U);
+  for (int rank = 0; rank < 2; ++rank) {
+    if (rank != result.failure->rank) continue;  // the other may have been stopped at any line
+    const std::string name = "rank " + std::to_string(rank) + " line ";
+    EXPECT_EQ(result.failure->last_lines.back(), name + "19999");
+    EXPECT_THAT(log(rank, "stdout.log"), testing::StartsWith(name + "0\n"));
+    EXPECT_THAT(log(rank, "stdout.newest.log"), testing::EndsWith(name + "19999\n"));
+    const std::string all =
+        log(rank, "stdout.log") + log(rank, "stdout.newest.log") + log(rank, "stdout.newest.log.1");
+    EXPECT_LE(all.size(), (32U << 10) + 64);
+  }
+  launch.log_limit_bytes = 100;
+  EXPECT_THROW((void)run_local(launch), ConfigError);
+}
+
 TEST_F(Launch, ClosedConsole_StopsNobody) {
   int out[2];
   ASSERT_EQ(::pipe2(out, O_CLOEXEC), 0);

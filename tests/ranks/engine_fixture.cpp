@@ -130,7 +130,7 @@ void with_engines(const TinyRun& run, const std::function<void(int, Engine&)>& f
   test::run_ranks(run.ranks, [&](comm::Communicator world) {
     const int rank = world.rank();
     mesh::Mesh mesh(world, plan.grid);
-    Engine engine(plan, mesh, hooks.hooks ? hooks.hooks(rank) : EngineHooks{});
+    Engine engine(plan, mesh, {.hooks = hooks.hooks ? hooks.hooks(rank) : EngineHooks{}});
     fn(rank, engine);
   });
 }

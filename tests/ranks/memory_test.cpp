@@ -6,10 +6,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "capstan/device/allocator.h"
 #include "capstan/device/threads.h"
 #include "capstan/engine/engine.h"
+#include "support/run_ranks.h"
 
 namespace capstan {
 namespace {
@@ -50,6 +52,14 @@ std::vector<engine::MicroBatch> make_batches(const plan::Plan& plan) {
     batches.push_back(std::move(batch));
   }
   return batches;
+}
+
+int64_t plan_data_bytes(const std::vector<engine::MicroBatch>& batches) {
+  int64_t bytes = 0;
+  for (const auto& batch : batches)
+    for (const at::Tensor& x : {batch.ids_BT, batch.targets_BT, batch.rows.positions_BT})
+      bytes += plan::allocation_bytes(static_cast<int64_t>(x.nbytes()));
+  return bytes;
 }
 
 class PredictedMemory : public testing::Test {
@@ -93,6 +103,127 @@ TEST_F(PredictedMemory, TwelveLayersFourMicroBatchesUntied) {
                 "12, num_attention_heads: 4, tie_word_embeddings: false",
                 "global_samples: 8, micro_samples: 2, sequence_length: 128", "fp32"));
 }
+
+// Layouts on thread ranks; every rank against the plan's report for it. Threads of one process sum
+// in place, so that what the plan adds for staging between processes is left out.
+struct LayoutRecipe {
+  const char* name;
+  int ranks;
+  std::string model, batch, parallel;
+  std::string compute = "fp32";
+};
+
+plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
+  const std::string text =
+      "version: 1\n"
+      "run: {name: memory, steps: 100, threads: 1}\n"
+      "model: {" +
+      recipe.model +
+      "}\n"
+      "data: {tokenizer: none, train: [{path: none-needed}]}\n"
+      "batch: {" +
+      recipe.batch +
+      "}\n"
+      "optimizer: {lr: 1.0e-3}\n"
+      "lr_schedule: {kind: constant}\n"
+      "precision: {compute: " +
+      recipe.compute +
+      "}\n"
+      "parallel: {" +
+      recipe.parallel + "}\n";
+  return plan::make_plan(recipe::parse_recipe(text, "memory_test"),
+                         plan::local_topology(recipe.ranks, recipe.ranks), {});
+}
+
+class PredictedLayoutMemory : public testing::TestWithParam<LayoutRecipe> {};
+
+TEST_P(PredictedLayoutMemory, OnEveryRank) {
+  device::install_cpu_allocator();
+  const plan::Plan plan = make_layout_plan(GetParam());
+  std::mutex mutex;
+  test::run_ranks(
+      plan.grid.size(),
+      [&](comm::Communicator world) {
+        const int rank = world.rank();
+        const auto batches = make_batches(plan);
+        world.barrier().wait();
+        const int64_t before = device::stats(rank).current_bytes - plan_data_bytes(batches);
+        device::reset_peak(rank);
+        {
+          mesh::Mesh mesh(world, plan.grid);
+          engine::Engine engine(plan, mesh);
+          const auto objective = engine::make_next_token_objective();
+          for (int step = 0; step < 2; ++step) (void)engine.step(batches, *objective);
+        }
+        const plan::MemoryReport m = plan::report_memory(plan, rank);
+        const int64_t counted = device::stats(rank).peak_bytes - before,
+                      predicted = m.peak() - m.communication;
+        const std::lock_guard lock(mutex);
+        EXPECT_GE(counted, 256 << 20) << "rank " << rank;
+        EXPECT_LE(std::abs(counted - predicted), std::max<int64_t>(predicted / 20, 8 << 20))
+            << "rank " << rank << ": parameters " << (m.parameters >> 20) << ", master "
+            << (m.master >> 20) << ", gradients " << (m.gradients >> 20) << ", optimizer "
+            << (m.optimizer >> 20) << ", activations " << (m.activations >> 20) << ", workspace "
+            << (m.workspace >> 20) << ", data " << (m.data >> 20) << " MiB";
+        std::printf(
+            "%s rank %d: predicted %.1f MiB, counted %.1f MiB (%+.1f %%)\n", GetParam().name, rank,
+            static_cast<double>(predicted) / 1048576, static_cast<double>(counted) / 1048576,
+            100.0 * static_cast<double>(counted - predicted) / static_cast<double>(predicted));
+      },
+      120);
+}
+
+// Few wide layers for storage, many tokens in narrow ones for activations.
+const std::string kWide =
+    "vocab_size: 8192, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 4, "
+    "num_attention_heads: 8, num_key_value_heads: 2";
+const std::string kNarrow =
+    "vocab_size: 1024, hidden_size: 256, intermediate_size: 704, num_hidden_layers: 8, "
+    "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
+
+INSTANTIATE_TEST_SUITE_P(
+    Layouts, PredictedLayoutMemory,
+    testing::Values(
+        LayoutRecipe{"tensor", 2, kWide,
+                     "global_samples: 2, micro_samples: 2, sequence_length: 256", "tensor: 2"},
+        LayoutRecipe{"tensor_sequence", 2, kNarrow,
+                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "tensor: 2, sequence: true"},
+        LayoutRecipe{"one_forward_one_backward", 2, kNarrow,
+                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "pipeline: {size: 2, schedule: 1f1b}"},
+        LayoutRecipe{"gpipe_recompute", 2, kNarrow,
+                     "global_samples: 48, micro_samples: 4, sequence_length: 512",
+                     "pipeline: {size: 2, schedule: gpipe}, recompute: {mode: block}"},
+        LayoutRecipe{"interleaved", 2, kNarrow,
+                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "pipeline: {size: 2, schedule: interleaved, chunks: 2}"},
+        LayoutRecipe{"zero_bubble", 2, kNarrow,
+                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "pipeline: {size: 2, schedule: zero_bubble}"},
+        LayoutRecipe{"zero_bubble_v", 2, kNarrow,
+                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "pipeline: {size: 2, schedule: zero_bubble, chunks: 2}"},
+        LayoutRecipe{"ring", 2, kNarrow,
+                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "context: {size: 2}"},
+        LayoutRecipe{"all_to_all", 2, kNarrow,
+                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "context: {size: 2, method: all_to_all}"},
+        LayoutRecipe{"zero_1_offload", 4, kWide,
+                     "global_samples: 4, micro_samples: 1, sequence_length: 64",
+                     "zero: {stage: 1, offload: optimizer}"},
+        LayoutRecipe{"zero_2", 2, kWide, "global_samples: 8, micro_samples: 2, sequence_length: 64",
+                     "zero: {stage: 2}"},
+        LayoutRecipe{"zero_3", 2, kWide, "global_samples: 8, micro_samples: 2, sequence_length: 64",
+                     "zero: {stage: 3}"},
+        LayoutRecipe{"zero_3_kept_bf16", 2, kWide,
+                     "global_samples: 4, micro_samples: 2, sequence_length: 64",
+                     "zero: {stage: 3, reshard_after_forward: false, prefetch: 2}", "bf16"},
+        LayoutRecipe{"hybrid_offload_all", 4, kWide,
+                     "global_samples: 4, micro_samples: 1, sequence_length: 64",
+                     "zero: {stage: 3, shard_size: 2, offload: all}"}),
+    [](const auto& recipe) { return std::string(recipe.param.name); });
 
 TEST(MemoryOverTime, TenThousandTinySteps_AreFlat) {
   device::install_cpu_allocator();

@@ -26,6 +26,8 @@ struct PlanOptions {
   std::vector<std::string> overrides;
   int world = 1;
   bool json = false;
+  bool should_draw = false;
+  std::string drawing;  // file; empty = as text
   std::string hardware;
 };
 
@@ -67,6 +69,20 @@ std::optional<int64_t> tokenizer_size(const recipe::Recipe& recipe) {
              "--set model.vocab_size=8192"});
 }
 
+// The order of a step, each forward and each half of a backward taken as one unit of time.
+std::string draw(const plan::Schedule& schedule, const std::string& file) {
+  const plan::Timeline timeline = plan::simulate_schedule(schedule, {});
+  if (file.empty()) return plan::draw_timeline(schedule, timeline);
+  if (std::filesystem::path(file).extension() != ".svg")
+    throw ConfigError(ErrorText{.module = "plan",
+                                .what = "--draw",
+                                .got = file,
+                                .need = "a file name that ends in .svg, or none to draw as text",
+                                .fix = "capstan plan RECIPE --draw pipeline.svg"});
+  write_file_atomic(file, plan::draw_timeline_svg(schedule, timeline));
+  return fmt::format("drew schedule {} to {}\n", schedule.name, file);
+}
+
 void run_plan(const PlanOptions& options) {
   if (!options.hardware.empty())
     throw ConfigError(
@@ -80,7 +96,10 @@ void run_plan(const PlanOptions& options) {
   inputs.tokenizer_vocab_size = tokenizer_size(recipe.recipe);
   const auto plan =
       plan::make_plan(recipe, plan::local_topology(options.world, options.world), inputs);
-  fmt::print("{}", options.json ? plan::plan_json(plan) : plan::describe_plan(plan));
+  if (options.should_draw)
+    fmt::print("{}", draw(plan.schedule, options.drawing));
+  else
+    fmt::print("{}", options.json ? plan::plan_json(plan) : plan::describe_plan(plan));
   std::fflush(stdout);
 }
 
@@ -98,11 +117,23 @@ void add_plan(CLI::App& app) {
   verb->add_option("--world", options->world, "Ranks, all on this machine")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
-  verb->add_flag("--json", options->json, "For programs: the content of plan.json");
+  CLI::Option* json =
+      verb->add_flag("--json", options->json, "For programs: the content of plan.json");
+  CLI::Option* drawing =
+      verb->add_option("--draw", options->drawing,
+                       "Draw the pipeline schedule over time: as text, or to FILE.svg")
+          ->expected(0, 1)
+          ->type_name("[FILE.svg]")
+          ->excludes(json);
   verb->add_option("--hardware", options->hardware,
                    "Not in this build: hardware file for a prediction of time");
-  verb->footer("Example:\n  capstan plan quickstart --world 2 --set model.vocab_size=8192");
-  verb->callback([options] { run_plan(*options); });
+  verb->footer(
+      "Example:\n  capstan plan quickstart --world 2 --set model.vocab_size=8192\n"
+      "  capstan plan quickstart --set model.vocab_size=8192 --draw pipeline.svg");
+  verb->callback([options, drawing] {
+    options->should_draw = drawing->count() > 0;
+    run_plan(*options);
+  });
 }
 
 }  // namespace capstan::cli

@@ -95,16 +95,19 @@ const std::vector<VerbName>& run_verbs() {
   static const std::vector<VerbName> verbs = {
       {"eval", "held-out loss of a trained model"},
       {"generate", "continue a prompt"},
-      {"checkpoint", "look into checkpoints and verify them"}};
+      {"checkpoint", "look into checkpoints and verify them"},
+      {"prove", "show that a layout computes the run of one rank"}};
   return verbs;
 }
 
 const std::vector<VerbName>& later_verbs() {
-  static const std::vector<VerbName> verbs = {
-      {"launch", "start ranks on many nodes"}, {"report", "run reports"},
-      {"prove", "the layout proof"},           {"flight", "flight recorder files"},
-      {"transform", "model surgery"},          {"search", "architecture search"},
-      {"index", "retrieval indexes"},          {"serve", "HTTP serving"}};
+  static const std::vector<VerbName> verbs = {{"launch", "start ranks on many nodes"},
+                                              {"report", "run reports"},
+                                              {"flight", "flight recorder files"},
+                                              {"transform", "model surgery"},
+                                              {"search", "architecture search"},
+                                              {"index", "retrieval indexes"},
+                                              {"serve", "HTTP serving"}};
   return verbs;
 }
 

@@ -16,5 +16,6 @@ int main(int argc, char** argv) {
   add_eval(app);
   add_generate(app);
   add_checkpoint(app);
+  add_prove(app);
   return run(app, argc, argv);
 }

@@ -9,17 +9,16 @@
 #include "capstan/base/console.h"
 #include "capstan/base/env.h"
 #include "capstan/base/error.h"
-#include "capstan/base/json.h"
 #include "capstan/base/log.h"
 #include "capstan/launch/local.h"
+#include "capstan/launch/rank_env.h"
+#include "capstan/launch/run_folder.h"
 #include "program.h"
 #include "train.h"
 #include "verbs.h"
 
 namespace capstan::cli {
 namespace {
-
-bool is_launched() { return read_env("RANK").has_value() || read_env("CAPSTAN_RANK").has_value(); }
 
 Path run_directory_of(const recipe::Recipe& recipe) {
   return recipe.run.directory ? Path(*recipe.run.directory) : Path("runs") / recipe.run.name;
@@ -38,14 +37,18 @@ void check_not_in_use(const Path& run_directory) {
                      .fix = "Wait for that run to end, or give another name: --set run.name=NAME"});
 }
 
-void check_environment(const TrainArguments& arguments) {
-  if (!is_launched()) return;
+void check_environment(const TrainArguments& arguments, const launch::RankEnv& env) {
+  if (!env.launched) return;
   if (arguments.nproc > 1 || arguments.ranks == "threads")
     throw ConfigError({.module = "cli",
                        .what = "--nproc or --ranks",
-                       .got = "ranks that a launcher has started already (RANK is set)",
+                       .got = "ranks that a launcher has started already: " + env.source,
                        .need = "one of the two",
-                       .fix = "Leave --nproc to the launcher, or unset RANK and WORLD_SIZE"});
+                       .fix = "Leave --nproc to the launcher, or unset what it has set"});
+}
+
+bool is_stopped_hard(const launch::LaunchResult& result) {
+  return result.stop_signal != 0 && result.exit_code == 128 + result.stop_signal;
 }
 
 std::vector<std::string> rank_command(int argc, char** argv) {
@@ -54,23 +57,26 @@ std::vector<std::string> rank_command(int argc, char** argv) {
   return command;
 }
 
-// exit.json of a run whose ranks were watched from here: the cause is the launcher's to know.
-void write_exit_json(const Path& run_directory, const launch::LaunchResult& result) {
-  if (!result.failure || result.exit_code == exit_codes::kUsage) return;  // 2: nothing was started
-  const launch::RankFailure& f = *result.failure;
-  const json::Json report = {{"code", result.exit_code},
-                             {"class", f.class_name.empty() ? "worker" : f.class_name},
-                             {"rank", f.rank},
-                             {"host", host_name()},
-                             {"signal", f.signal},
-                             {"worker_exit_code", f.exit_code},
-                             {"message", f.message.empty() ? f.reason : f.message},
-                             {"time", utc_now()}};
-  try {
-    write_file_atomic(run_directory / "exit.json",
-                      report.dump(1, ' ', false, json::Json::error_handler_t::replace) + "\n");
-  } catch (const Error& error) {
-    log::warning("cli", "exit.json was not written: {}", error.what());
+// exit.json of a run whose ranks were watched from here: which failed first is the launcher's to
+// know. A run that came to its own end has its report from rank 0.
+void write_exit_report(const Path& run_directory, const launch::LaunchResult& result) {
+  if (result.exit_code == exit_codes::kUsage) return;  // nothing was started
+  if (result.failure) {
+    const launch::RankFailure& f = *result.failure;
+    launch::write_exit_report(
+        run_directory,
+        {.code = result.exit_code,
+         .cause = launch::cause_of_error(f.class_name),
+         .error = f.class_name,
+         .rank = f.rank,
+         .signal = f.signal,
+         .worker_exit_code = f.signal == 0 ? std::optional(f.exit_code) : std::nullopt,
+         .message = f.message.empty() ? f.reason : f.message});
+  } else if (is_stopped_hard(result)) {
+    launch::write_exit_report(run_directory, {.code = result.exit_code,
+                                              .cause = "stopped",
+                                              .signal = result.stop_signal,
+                                              .message = "stopped before the ranks had saved"});
   }
 }
 
@@ -85,9 +91,8 @@ int start_ranks(const TrainArguments& arguments, const Path& run_directory, int 
   const launch::LaunchResult result = launch::run_local(launch);
   const std::string report = launch::describe(result);
   if (!report.empty()) tell(fmt::format("{}\n", report));
-  write_exit_json(run_directory, result);
-  if (result.stop_signal != 0 &&
-      result.exit_code == 128 + result.stop_signal) {  // stopped hard: end by that signal
+  write_exit_report(run_directory, result);
+  if (is_stopped_hard(result)) {  // end by that signal
     std::signal(result.stop_signal, SIG_DFL);
     std::raise(result.stop_signal);
   }
@@ -95,19 +100,24 @@ int start_ranks(const TrainArguments& arguments, const Path& run_directory, int 
 }
 
 int launch_train(const TrainArguments& arguments, int argc, char** argv) {
-  check_environment(arguments);
+  const launch::RankEnv env = launch::read_rank_env();
+  check_environment(arguments, env);
   const recipe::Resolved recipe = resolve(arguments);
-  const int world = is_launched()
-                        ? static_cast<int>(read_env_int("WORLD_SIZE", 1, 1 << 20).value_or(1))
-                        : arguments.nproc;
-  const plan::Plan plan = plan::make_plan(recipe, plan::local_topology(world, arguments.nproc),
-                                          plan_inputs(recipe.recipe));
+  const int world = env.launched ? env.world_size : arguments.nproc;
+  const int local = env.launched ? env.local_world_size : arguments.nproc;
+  const plan::Plan plan =
+      plan::make_plan(recipe, plan::local_topology(world, local), plan_inputs(recipe.recipe));
   const Path run_directory = run_directory_of(plan.resolved);
-  if (!is_launched()) check_not_in_use(run_directory);
-  if (arguments.nproc > allowed_cpus())
-    log::warning("cli", "--nproc {}: only {} processors are allowed here; ranks will take turns",
-                 arguments.nproc, allowed_cpus());
-  if (is_launched() || arguments.nproc == 1 || arguments.ranks == "threads") {
+  if (!env.launched) {
+    check_not_in_use(run_directory);
+    if (arguments.resume == "none") launch::check_unused(run_directory, -1);
+  }
+  if (local > allowed_cpus() && env.local_rank == 0)
+    log::warning("cli",
+                 "{} ranks on this machine: only {} processors are allowed here; they will "
+                 "take turns",
+                 local, allowed_cpus());
+  if (env.launched || arguments.nproc == 1 || arguments.ranks == "threads") {
     if (!read_env("GOMP_SPINCOUNT"))
       ::setenv("GOMP_SPINCOUNT", "1000", 0);  // must be set before the OpenMP runtime loads
     exec_capstan_run(argc, argv);

@@ -4,14 +4,9 @@
 // all ranks as threads.
 #include "train.h"
 
-#include <fmt/format.h>
-
-#include <mutex>
-
 #include "capstan/base/env.h"
 #include "capstan/base/error.h"
 #include "capstan/base/log.h"
-#include "capstan/comm/threads.h"
 #include "capstan/comm/world.h"
 #include "capstan/device/allocator.h"
 #include "capstan/launch/rank_env.h"
@@ -36,23 +31,27 @@ trainer::TrainOptions make_options(const TrainArguments& arguments, int local_si
 }
 
 int train_as_threads(const TrainArguments& arguments) {
-  const trainer::TrainOptions options = make_options(arguments, arguments.nproc);
-  const int threads = static_cast<int>(options.recipe.recipe.run.threads.value_or(1));
-  std::mutex mutex;
-  int code = 0;
-  comm::run_thread_ranks(
-      arguments.nproc,
-      [&](const comm::Communicator& world) {
-        const trainer::TrainResult result = trainer::train(options, world);
-        const std::lock_guard lock(mutex);
-        code = std::max(code, result.exit_code);
-      },
-      {.timeout_s = options.recipe.recipe.run.start_timeout_s, .threads_per_rank = threads});
-  return code;
+  return trainer::train_as_threads(make_options(arguments, arguments.nproc), arguments.nproc)
+      .exit_code;
+}
+
+// Beside our own and torchrun's names also those of mpirun and srun.
+comm::RankEnv place_of_this_rank() {
+  const launch::RankEnv env = launch::read_rank_env();
+  if (env.launched && env.rank == 0 && env.world_size > 1)
+    log::info("launch", "{} ranks, {} on this machine, as {} says; they meet at {} port {}",
+              env.world_size, env.local_world_size, env.source, env.master_addr, env.master_port);
+  return {.rank = env.rank,
+          .size = env.world_size,
+          .local_rank = env.local_rank,
+          .local_size = env.local_world_size,
+          .master_addr = env.master_addr,
+          .master_port = env.master_port,
+          .store_descriptor = env.store_fd};
 }
 
 int train_as_process(const TrainArguments& arguments) {
-  const comm::RankEnv env = comm::read_rank_env();
+  const comm::RankEnv env = place_of_this_rank();
   if (env.size > 1) log::set_thread_rank(env.rank);
   device::set_default_rank(env.rank);
   const trainer::TrainOptions options = make_options(arguments, env.local_size);

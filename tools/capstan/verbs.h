@@ -28,5 +28,6 @@ void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_checkpoint(CLI::App& app);  // inspect, verify
+void add_prove(CLI::App& app);
 
 }  // namespace capstan::cli

@@ -16,6 +16,7 @@
 #include "capstan/mesh/mesh.h"
 #include "capstan/mesh/state_entry.h"
 #include "capstan/nn/model.h"
+#include "capstan/parallel/expert_balance.h"
 #include "capstan/plan/plan.h"
 
 namespace capstan::engine {
@@ -55,6 +56,7 @@ struct StepReport {
   // Empty, or why: "nonfinite loss", "nonfinite gradient", "spike", "no target tokens".
   std::string skipped;
   std::optional<double> loss_scale;
+  std::vector<parallel::ExpertLoad> experts;  // of the expert layers that this rank computes
 };
 
 // Scalars that a resume needs besides the state entries; the same on all ranks.
@@ -85,26 +87,34 @@ struct EngineHooks {
   std::function<void(int bucket, const Tensor&gradients)> before_reduce, after_reduce;
 };
 
+struct EngineOptions {
+  EngineHooks hooks = {};
+  bool trains = true;       // false: weights only, without gradients and optimizer
+  bool initializes = true;  // false: weights are zero until a load and restore()
+};
+
 class Engine {
  public:
   // Builds storage, model and optimizer of this rank by the plan; weights are initialised from
   // run.seed. Collective over: world.
-  Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineHooks hooks = {});
+  Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineOptions options = {});
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Runs one step over plan.batch.micro_batches micro-batches of this rank.
+  // Runs one step over plan.batch.micro_batches micro-batches of this rank's data coordinate, in
+  // whole rows: ranks that differ along pp, cp and tp only are handed the same ones.
   // Throws DivergenceError after optimizer.nonfinite_limit skipped steps in a row (the same on all
   // ranks). Collective over: world.
   StepReport step(const std::vector<MicroBatch>& batches, const Objective& objective);
   // Adds the scores of one micro-batch; call report_eval when all are in. `per_token` receives log
-  // p(target) [B, T].
+  // p(target) [B, T] of whole rows; all ranks give it or none. Collective over: pp, cp, tp.
   void evaluate(const MicroBatch& batch,
                 const std::function<void(const Tensor& logprob_BT)>& per_token = {});
-  [[nodiscard]] EvalReport report_eval();  // sums, resets. Collective over: data axes.
+  [[nodiscard]] EvalReport report_eval();  // sums, resets. Collective over: world.
 
-  // Logits of the last position of each row [B, V]; with a cache the ids are the new tokens only.
+  // Logits of the last position of each row [B, V], the same on the ranks that share the rows; with
+  // a cache the ids are the new tokens only. Collective over: pp, tp.
   [[nodiscard]] Tensor next_logits(const Tensor& ids_BT, param::KvCache* cache);
 
   // Views of live storage: master weights and moments, as this rank holds them. Valid until the

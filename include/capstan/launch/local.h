@@ -16,6 +16,9 @@ struct LocalLaunch {
   int nproc = 1;
   // <log_directory>/<rank>/{stdout.log,stderr.log,error.json,done}; created when missing.
   Path log_directory;
+  // Of each log of each rank. Its first half is kept for good, of the rest the newest quarter and
+  // what is being written (stdout.newest.log.1, stdout.newest.log); lines stay whole.
+  int64_t log_limit_bytes = int64_t{64} << 20;
   std::string master_addr = "127.0.0.1";  // a numeric address of this machine
   double grace_s = 30;                    // from a stop signal to SIGKILL
   double crash_grace_s = 10;              // from the first failure to SIGKILL of the others

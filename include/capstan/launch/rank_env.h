@@ -18,11 +18,21 @@ struct RankEnv {
   std::optional<int>
       store_fd;  // rank 0: an inherited listening socket for the store; the caller owns it
   std::optional<double> grace_s;  // time from SIGTERM to SIGKILL, if the launcher tells
+  std::string source;             // for people: "Open MPI (OMPI_COMM_WORLD_RANK)"
+  std::string job;                // of a scheduler: its name for the job, else empty
+  std::string first_host;         // of a scheduler: where rank 0 runs, if it tells
 };
 
-// Reads CAPSTAN_RANK, CAPSTAN_WORLD_SIZE, ... or, without them, RANK, WORLD_SIZE, LOCAL_RANK,
-// LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT as torchrun sets them. None set = one rank. Throws
-// EnvError with the name of the variable that is missing, no number or out of range.
+// The first of these that is set, inner launchers before outer ones:
+//   1. CAPSTAN_RANK, CAPSTAN_WORLD_SIZE, ... of capstan's own launcher
+//   2. RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE beside TORCHELASTIC_RUN_ID: torchrun
+//   3. the same without it: set by hand; refused when they contradict 4 or 5
+//   4. OMPI_COMM_WORLD_{RANK,SIZE,LOCAL_RANK,LOCAL_SIZE} of Open MPI's mpirun
+//   5. SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, ... of a Slurm step (srun)
+// None, or the only task of 4 or 5 = one rank, which may start others. MASTER_ADDR and MASTER_PORT
+// are required for 1 to 3; 4 and 5 know the machine and derive the port from the job's name.
+// Throws EnvError with the name of the variable that is missing, no number or out of range, or
+// with the two that contradict each other.
 [[nodiscard]] RankEnv read_rank_env();
 
 // Writes why this rank ends to CAPSTAN_ERROR_FILE (nothing without that variable). To be called

@@ -64,6 +64,9 @@ using FindParam = std::function<Param(const std::string& name)>;
 struct ModelOptions {
   at::ScalarType compute;
   at::ScalarType residual;
+  // Of the experts of every layer this rank holds part `expert_rank` of `expert_ranks` equal parts;
+  // the others are not looked for.
+  int expert_ranks = 1, expert_rank = 0;
 };
 using ModelBuilder =
     std::function<Model(const plan::ModelShape&, const ModelOptions&, const FindParam&)>;

@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "capstan/ops/head.h"
 #include "capstan/param/context.h"
 #include "capstan/param/param.h"
 
@@ -48,6 +49,8 @@ struct TokenScores {
   Tensor weighted_loss;  // 0-d, differentiable, when weights were given
 };
 
+struct ExpertInput;  // experts.h
+
 class Seams {
  public:
   virtual ~Seams() = default;
@@ -60,11 +63,29 @@ class Seams {
   // qkv_BTX holds q, k, v side by side before RoPE ([N*H | K*H | K*H]); returns [B, T, N*H].
   virtual Tensor attend(const Context& context, int layer, const Tensor& qkv_BTX,
                         const AttentionInput& input);
+  // The chosen experts of every token; shared experts are column and row layers beside it. The
+  // input must not be written to afterwards.
+  virtual Tensor experts(const Context& context, int layer, const Tensor& x_BTD,
+                         const ExpertInput& input);
   virtual TokenScores score(const Context& context, const Tensor& hidden_BTD,
                             const Projection& head, const Tensor& targets_BT,
                             const ScoreRequest& request);
-  // Logits [..., V] of the whole vocabulary, without padding. No gradient.
+  // The last `count` tokens of each whole row, [B, count, D], wherever a layout keeps them; every
+  // rank that shares the row gets them. No gradient.
+  virtual Tensor last_tokens(const Context& context, const Tensor& x_BTD, int64_t count);
+  // Logits [..., V] of the whole vocabulary, without padding, for tokens that every rank of the
+  // tensor axis holds (last_tokens). No gradient.
   virtual Tensor logits(const Context& context, const Tensor& hidden_BTD, const Projection& head);
+
+ protected:
+  // RoPE on the q and k heads by the positions of the pass; consumes qkv.
+  [[nodiscard]] static Tensor turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
+                                         const AttentionInput& input);
+  // score() for any cut of the vocabulary.
+  [[nodiscard]] static TokenScores score_tokens(const Tensor& hidden_BTD, const Projection& head,
+                                                const Tensor& targets_BT,
+                                                const ScoreRequest& request,
+                                                const ops::VocabularyCut& cut);
 };
 
 }  // namespace capstan::nn

@@ -4,20 +4,36 @@
 // time (plan::head_chunk_tokens) and are turned into their gradient in place. Rows of vocabulary
 // padding take no part. Legend: B samples, T tokens, N = B T, D hidden features, V vocabulary rows.
 #pragma once
+#include <functional>
+
 #include "capstan/ops/record.h"
 
 namespace capstan::ops {
 
 inline constexpr int64_t kIgnoreTarget = -100;
 
+// The steps between ranks when the vocabulary is cut over them, and with it maybe the tokens of x
+// (sequence parallel). Every rank makes the same calls in the same order. Default: one device.
+struct VocabularyCut {
+  std::function<void(const Tensor&)> max,
+      sum;  // in place, over the ranks that share the vocabulary
+  std::function<Tensor(const Tensor& x_BtD)> gather;  // this rank's tokens -> all tokens
+  // Gradient of all tokens by this part of the vocabulary -> whole gradient of this rank's tokens.
+  // May write into its argument.
+  std::function<Tensor(const Tensor& dx_BTD)> reduce;
+  [[nodiscard]] bool is_cut() const { return static_cast<bool>(sum); }
+};
+
 struct HeadScores {
   Tensor logprob_BT;  // log p(target), 0 at ignored targets; fp32, or fp64 when x is fp64
   Tensor entropy_BT;  // of the predicted distribution, 0 at ignored targets; undefined unless asked
                       // for
 };
-// Per-token scores with an ordinary backward, which makes the logits again.
+// Per-token scores with an ordinary backward, which makes the logits again. Targets are those of
+// all tokens on every rank, and so are the results. Collective over: the ranks of `cut`.
 [[nodiscard]] HeadScores head_scores(const Tensor& x_BTD, const Projection& head,
-                                     const Tensor& targets_BT, bool entropy);
+                                     const Tensor& targets_BT, bool entropy,
+                                     const VocabularyCut& cut = {});
 
 struct WeightedLoss {
   Tensor loss;        // 0-d: sum over targets of weight x -log p(target)
@@ -28,9 +44,10 @@ struct WeightedLoss {
 // backward runs at most once (both checked), and a forward without a backward leaves its weight
 // gradient behind. Weights of ignored targets do not count.
 [[nodiscard]] WeightedLoss head_weighted_loss(const Tensor& x_BTD, const Projection& head,
-                                              const Tensor& targets_BT, const Tensor& weights_BT);
+                                              const Tensor& targets_BT, const Tensor& weights_BT,
+                                              const VocabularyCut& cut = {});
 
-// [..., V] without vocabulary padding. No gradient.
+// [..., V] of the local part of the vocabulary, without padding. No gradient.
 [[nodiscard]] Tensor head_logits(const Tensor& x, const Projection& head);
 
 // Pieces for a vocabulary that is cut over ranks. Logits [N, V] are the local columns, `first` the

@@ -22,6 +22,8 @@ namespace capstan::ops {
 // later.
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
                             bool with_bias);
+// The bias part alone; nothing for a projection without bias.
+void linear_bias_gradient(const Projection& projection, const Tensor& grad);
 // slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree.
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND);
 

@@ -1,17 +1,26 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// FlatStore: the parameters of one flat buffer behind param::Param. Owns values in compute dtype
-// and the master they are rounded from (one storage when the dtypes agree); gradients lie in a
-// slice of their bucket's memory. Built without ZeRO: open and close are neutral and the shard is
-// the whole buffer; stages 1 to 3 change those three and publish(), and nothing around them.
+// FlatStore: the parameters of one flat buffer behind param::Param, whole or cut over the shard
+// axes (ZeRO, Rajbhandari et al. 2020). What a rank keeps of a buffer of n elements in s shards:
+//
+//   stage      values, compute dtype      gradients                      master and moments
+//   0          n                          n, in its bucket               n
+//   1          n                          n, summed into its own part    n / s
+//   2          n                          n / s + transient n            n / s
+//   3          n / s, n while open        n / s + transient n            n / s
+//
+// Values and master are one storage when their dtypes agree (and nothing is offloaded).
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "capstan/comm/communicator.h"
 #include "capstan/parallel/shard.h"
 #include "capstan/param/param.h"
 #include "capstan/plan/layout.h"
@@ -26,34 +35,64 @@ struct StorageTypes {
 };
 [[nodiscard]] StorageTypes storage_types(const plan::PrecisionPlan& precision);
 
+// Where the weight half of a backward goes while a schedule separates it from the input half.
+struct WeightQueue {
+  using Work = std::deque<std::function<void()>>;
+  Work* target = nullptr;  // null: run at once
+};
+
+struct StoreOptions {
+  StorageTypes types;
+  int zero_stage = 0;
+  bool reshard_after_forward = true;  // stage 3: false keeps values from first use to end of step
+  bool offload_optimizer = false;     // master, moments and the gradient they read: host memory
+  bool offload_parameters = false;    // the shard of the values as well (stage 3)
+  bool counts_in_norm = true;         // of the ranks that hold this part, this one counts it
+  comm::Communicator shard;           // the shard axes; one rank at stage 0
+  WeightQueue* queue = nullptr;       // null: nothing is ever deferred
+};
+
 // Not thread-safe: belongs to one rank.
 class FlatStore final : public param::ParamStore {
  public:
-  // gradient: 1-d, zero, layout.numel elements of types.gradients; undefined when frozen. `table`
-  // must outlive the store. counts_in_norm: of the ranks that hold this buffer, this one counts it.
+  // gradient: at stage 0 its slice of the bucket: 1-d, zero, layout.numel elements of
+  // types.gradients; undefined when frozen and at the other stages. `table` must outlive the store.
   FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>& table,
-            const StorageTypes& types, Tensor gradient, bool counts_in_norm);
+            StoreOptions options, Tensor gradient);
 
   [[nodiscard]] const plan::FlatBuffer& layout() const { return layout_; }
   [[nodiscard]] const std::vector<plan::ParamSpec>& table() const { return table_; }
+  [[nodiscard]] const StoreOptions& options() const { return options_; }
   [[nodiscard]] std::optional<int> find(const std::string& name) const;  // index for Param
-  // Initial values of (seed, model, name, global index); padding stays zero.
+  // Initial values of (seed, model, name, global index); padding stays zero. Collective over: the
+  // shard axes.
   void initialize(uint64_t seed, const std::string& model);
 
-  // Between open and close values may be read; calls nest.
-  void open() { ++open_; }
+  // Between open and close values may be read; calls nest. Opening gathers what is not here.
+  // Collective over: the shard axes (stage 3; after an update also stages 1 and 2).
+  void open();
   void close();
+  // Starts the gather that the next open would wait for.
+  void prefetch();
+  [[nodiscard]] bool is_whole() const { return full_.defined(); }
 
-  // Gradients of one optimizer step: begin_step, accumulate ..., finish_gradient, shard().
+  // Gradients of one optimizer step: begin_step, then passes of accumulate ... take_gradient, then
+  // end_step.
   void begin_step();
-  // The last pass of the step is over: parameters that nobody touched get a zero gradient; adding
-  // more is an error until the next begin_step.
-  void finish_gradient();
+  // Closes a pass: the whole gradient collected since the last one, with zeros where nobody wrote.
+  // After the last pass of a step adding more is an error.
+  [[nodiscard]] Tensor take_gradient(bool is_last_pass);
+  // What the sum of a taken gradient is written to: [shard_numel]. Hand it back by add_to_shard.
+  [[nodiscard]] Tensor reduction_target(const Tensor& taken);
+  void add_to_shard(const Tensor& summed);
+  void end_step();
   [[nodiscard]] bool is_finished() const { return finished_; }
 
   [[nodiscard]] Shard shard() const;
+  [[nodiscard]] Tensor gradient_shard() const;  // summed so far
   // After the master shard changed by the optimizer, which wrote the copy too: everybody sees it.
-  void publish() { ++version_; }
+  // Collective over: the shard axes (stages 1 and 2).
+  void publish();
   // After the master was written from outside (load): rounds the copy again and publishes.
   void refresh();
 
@@ -71,20 +110,38 @@ class FlatStore final : public param::ParamStore {
                          param::When when) override;
 
  private:
+  void allocate();
+  void make_views();
+  void drop_full();
+  void wait_for_gather();
+  [[nodiscard]] Tensor own_part(const Tensor& full) const;
   [[nodiscard]] Tensor view(const Tensor& flat, int index) const;
   [[nodiscard]] bool is_side_by_side(std::span<const int> indices) const;
   [[nodiscard]] Tensor joined_view(const Tensor& flat, std::span<const int> indices) const;
   void check_open_for_gradients(int index) const;
   void settle_overwrite(std::span<const int> indices);
+  void accumulate_now(int index, const param::AddGradient& add);
+  void accumulate_joined_now(std::span<const int> indices, const param::AddGradient& add);
+  [[nodiscard]] bool is_deferred(param::When when) const {
+    return when == param::When::kDeferrable && options_.queue && options_.queue->target;
+  }
 
   plan::FlatBuffer layout_;
   const std::vector<plan::ParamSpec>& table_;
-  bool counts_in_norm_;
-  Tensor master_, compute_, gradient_;  // compute_ is master_ when the dtypes agree
+  StoreOptions options_;
+  int64_t shard_begin_ = 0, shard_numel_ = 0;  // of master and moments within the buffer
+  Tensor master_;                              // [shard_numel]
+  Tensor copy_;            // [shard_numel], compute dtype; the master itself when nothing differs
+  Tensor full_;            // [numel], compute dtype; at stage 3 only while gathered
+  Tensor gradient_;        // [numel]; at stages 2 and 3 only between first write and reduction
+  Tensor gradient_shard_;  // [shard_numel], stages 2 and 3; else a view of gradient_
+  Tensor host_gradient_;   // [shard_numel], what an offloaded optimizer reads
   Tensor anchor_;
-  std::vector<Tensor> values_;    // views of compute_, one per parameter
-  std::vector<bool> is_written_;  // gradient of the parameter holds numbers of this step
-  bool finished_ = true;
+  std::vector<Tensor> values_;    // views of full_, one per parameter
+  std::vector<bool> is_written_;  // gradient of the parameter holds numbers of this pass
+  comm::Work gather_;
+  bool is_gathering_ = false, keeps_full_ = false;
+  bool finished_ = true, has_shard_sum_ = false;
   int open_ = 0;
   uint64_t version_ = 1;
 };

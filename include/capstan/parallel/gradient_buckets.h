@@ -1,12 +1,18 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// GradientBuckets: sums gradients over the data axes while backward goes on. A bucket is the
-// gradient memory of consecutive blocks in backward order, one contiguous tensor, so that it is one
-// collective. It is issued when the last pass of the step through its blocks has returned, and in
-// the plan's order, which is the same on every rank.
+// GradientBuckets: sums gradients over ranks while backward goes on. Every reduction is a sum. In
+// order, for each bucket:
+//   1. partial sums over the tensor axis, for parameters that several of its ranks hold while each
+//      saw a part of what they act on (norms under sequence parallel, copied key/value heads);
+//   2. the data axes: all-reduce of the bucket, or with ZeRO reduce-scatter of a buffer to its
+//      shards (a bucket is then one buffer);
+//   3. at the end of the step: all-reduce of shards over the replicas that are left, and the sum
+//      over the two stages that hold a tied embedding.
+// Sums are issued in the plan's order (plan::list_passes), the same on every rank.
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -19,39 +25,63 @@ struct BucketHooks {
   std::function<void(int bucket)> on_reduce;  // when a bucket is issued
   // Before it is issued; may write to the gradients (fault injection).
   std::function<void(int bucket, const Tensor& gradients)> before_reduce;
-  // When its sum has arrived; may write to the gradients.
+  // When the sum of the step has arrived; may write to the gradients (the shard with ZeRO).
   std::function<void(int bucket, const Tensor& gradients)> after_reduce;
+};
+
+// Elements of one store's flat gradient that are summed over `group` first.
+struct PartialSum {
+  comm::Communicator group;
+  struct Range {
+    int store = 0;
+    int64_t begin = 0, count = 0;
+  };
+  std::vector<Range> ranges;
 };
 
 class GradientBuckets {
  public:
   struct Bucket {
-    Tensor gradients;          // 1-d
-    std::vector<int> stores;   // whose gradients lie in it
-    comm::Communicator group;  // that sums it; one rank: nothing to do
+    Tensor gradients;  // 1-d, stage 0: the memory of its stores, side by side; else undefined
+    std::vector<int> stores;
+    comm::Communicator sum;       // stage 0: all that hold copies; else the shard axes
+    comm::Communicator replicas;  // ZeRO: the data axes over which shards are not cut
+    comm::Communicator tied;      // first and last stage, for tied_stores; one rank elsewhere
+    std::vector<int> tied_stores;
+    std::vector<PartialSum> partial;
   };
   // stores: all stores of the rank, addressed by index; they must outlive the buckets.
   GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores, BucketHooks hooks);
 
-  // passes[s]: how often backward will go through store s in this step.
-  void begin_step(const std::vector<int>& passes);
-  // One backward pass through the store has returned; issues what is now complete.
-  void pass_done(int store);
-  // Waits for all reductions. Every pass must be done. Collective over: the data axes.
-  void wait();
+  void begin_step();
+  // What the passes have added to the store's gradient is to be summed. Issues what is now
+  // complete. is_last: nothing more comes in this step.
+  void complete(int store, bool is_last);
+  // Waits for all reductions. Collective over: the groups of the buckets.
+  void finish_step();
 
   [[nodiscard]] size_t size() const { return buckets_.size(); }
 
  private:
-  [[nodiscard]] bool is_complete(const Bucket& bucket) const;
-  void issue(size_t bucket);
+  struct Pending {
+    comm::Work work;
+    int bucket = 0;
+    Tensor taken, target;  // ZeRO: whole gradient, its part of the sum
+  };
+  void sum_partial(const Bucket& bucket, const std::vector<Tensor>& gradients);
+  void issue_bucket(int index);
+  void issue_shard(int index, bool is_last);
+  void retire();
+  void sum_replicas();
 
   std::vector<Bucket> buckets_;
   std::vector<FlatStore*> stores_;
+  std::vector<int> bucket_of_;  // by store; -1: frozen
   BucketHooks hooks_;
-  std::vector<int> passes_left_;   // by store
-  size_t next_ = 0;                // first bucket not issued yet
-  std::vector<comm::Work> works_;  // of issued buckets, in order
+  std::vector<bool> is_complete_;  // by store, stage 0
+  size_t next_ = 0;                // stage 0: first bucket not issued yet
+  int finished_ = 0;               // buckets whose last sum has been issued
+  std::deque<Pending> pending_;    // in order of issue
 };
 
 }  // namespace capstan::parallel

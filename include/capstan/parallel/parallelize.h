@@ -9,8 +9,10 @@
 
 #include "capstan/mesh/mesh.h"
 #include "capstan/nn/model.h"
+#include "capstan/parallel/expert_balance.h"
 #include "capstan/parallel/flat_store.h"
 #include "capstan/parallel/gradient_buckets.h"
+#include "capstan/plan/passes.h"
 #include "capstan/plan/plan.h"
 
 namespace capstan::parallel {
@@ -21,17 +23,29 @@ struct Chunk {
   std::vector<int> blocks;  // ascending
 };
 
+// The neighbouring stages; channels are apart so that activations and gradients never wait for each
+// other.
+struct PipelineLinks {
+  comm::Communicator activations, gradients;  // along pp
+};
+
 // Move-only; the plan it was made from must outlive it.
 struct ParallelModel {
   std::string name;  // in Plan::models
   std::vector<Chunk> chunks;
+  PipelineLinks links;
   std::unique_ptr<nn::Seams> seams;
+  bool recompute_blocks = false;  // a layer keeps its input and runs again in the backward
+  std::unique_ptr<WeightQueue> queue;
+  std::unique_ptr<ExpertBalance> balance;  // models with experts
   std::vector<std::unique_ptr<FlatStore>> stores;  // in block order
   std::vector<std::vector<int>> stores_of_block;   // whose values a block reads (tied head: two)
+  std::vector<plan::GradientPass> passes;          // store i holds RankLayout::buffers[i]
   std::unique_ptr<GradientBuckets> buckets;
   nn::Model model;
 
-  [[nodiscard]] param::Param find(const std::string& name) const;  // throws InternalError
+  // Empty when another stage holds it.
+  [[nodiscard]] param::Param find(const std::string& name) const;
 };
 
 // Weights are zero until FlatStore::initialize or a load. Collective over: world.

@@ -26,10 +26,13 @@ struct DropoutKey {
 struct RowMap {
   std::vector<int64_t> samples;  // global sample number of each local row
   Tensor positions_BT;           // int64; restarts at documents under `documents: separate`
-  // Attention never crosses a boundary: the first key each query may see, as an index into its row;
-  // undefined = 0 (joined).
+  // Attention never crosses a boundary: the first key each query may see, as an index into its row
+  // (the whole row, also where a rank holds parts of it); undefined = 0 (joined).
   Tensor first_key_BT;             // int32
   bool positions_are_rows = true;  // every row is 0 .. T-1, so one table row serves all
+  // Context parallel: a rank holds parts of each row.
+  Tensor row_index_T;  // int64, place of each local token in the whole row; undefined = 0 .. T-1
+  int64_t row_length = 0;  // tokens of the whole row; 0 = those held here
 };
 
 // Keys and values of earlier tokens, per layer. Implemented by infer.
@@ -47,6 +50,14 @@ class StatSink {
  public:
   virtual ~StatSink() = default;
   virtual void add(const char* name, int layer, const Tensor& value) = 0;
+  // What costs work is made only when wanted.
+  [[nodiscard]] virtual bool wants(const char* /*name*/) const { return true; }
+};
+
+// What the balancing of one layer's experts keeps from step to step; undefined where unused.
+struct RouterState {
+  Tensor bias_E;       // added to the scores for the choice alone
+  Tensor fractions_E;  // share of the previous step's choices that fell on each expert
 };
 
 struct Context {
@@ -57,6 +68,9 @@ struct Context {
   const RowMap* rows = nullptr;  // never null inside a pass
   KvCache* cache = nullptr;      // kDecode only
   StatSink* stats = nullptr;
+  double rows_of_step = 0;  // samples of the whole optimizer step; losses on routers need it
+  double loss_scale = 1;    // what the token weights were multiplied with
+  std::span<const RouterState> routers;  // by layer of the model
 };
 
 }  // namespace capstan::param

@@ -50,7 +50,10 @@ struct ParamSpec {
   bool decay = true;
   int block = 0;
   ShardRule tensor;
-  ShardRule expert;
+  // Which of num_experts experts it belongs to; -1: none. An expert is whole on the ranks that hold
+  // it: expert e on ep rank e / (num_experts / ep).
+  int expert = -1;
+  int num_experts = 0;
   Site site = Site::kResidual;
   UpdateKind update = UpdateKind::kElementwise;
   // Parameters with the same non-negative group within a block lie side by side in declared order
@@ -82,12 +85,27 @@ struct ActivationQuery {
   DType residual = DType::kFp32;
   DType gradients = DType::kFp32;
   bool documents_separate = false;
+  // How a layout cuts the pass; the shape that goes with it holds this rank's heads, features and
+  // vocabulary rows.
+  int64_t kept_tokens = 0;  // of them outside of tensor-parallel layers; 0 = all
+  int tensor = 1, context = 1;
+  bool all_to_all = false;  // context by all-to-all instead of ring
 };
 // One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
 struct ActivationTerm {
   // The first three are kept from forward to backward. Workspaces come in phases: what one phase
   // holds is alive at once, and the largest phase counts.
-  enum class Part { kEmbedding, kLayer, kHead, kLayerWorkspace, kHeadWorkspace };
+  // kBlockInput: what is left of a layer that will be run again. kWeightWork: what the weight half
+  // of a split backward holds of a layer.
+  enum class Part {
+    kEmbedding,
+    kLayer,
+    kHead,
+    kLayerWorkspace,
+    kHeadWorkspace,
+    kBlockInput,
+    kWeightWork
+  };
   Part part = Part::kLayer;
   int phase = 0;
   std::string name;
@@ -100,6 +118,8 @@ struct ActivationBytes {
   int64_t layer_workspace =
       0;  // transient peak on top of what is saved, forward or backward of one layer
   int64_t head_workspace = 0;         // logits chunk and what it is multiplied into
+  int64_t block_input = 0;            // kept per layer under block recompute
+  int64_t weight_work = 0;            // held per layer between the halves of a split backward
   std::vector<ActivationTerm> terms;  // what the sums are made of
 };
 

@@ -39,7 +39,7 @@ struct LocalParam {
   bool counted =
       true;  // of all holders over tp (and pp, when tied) exactly one counts the element in norms
   // Consecutive ranks of the tensor axis that hold this same part; a sum over tp in extra_sum means
-  // over these.
+  // over these. A sum over pp means over the first and the last stage (tied embedding).
   int holders = 1;
   [[nodiscard]] int64_t numel() const { return plan::numel(local_shape); }
 };
@@ -50,27 +50,30 @@ struct FlatBuffer {
   int block = 0;
   bool trainable = true;
   UpdateKind update = UpdateKind::kElementwise;
-  AxisSet sum_axes;                // gradient-sum group shared by all its parameters (dense:
-                                   // dp_replicate|dp_shard|cp)
-  AxisSet shard_axes;              // ZeRO cuts over these (dp_shard|cp); 1 part at stage 0
+  AxisSet sum_axes;    // gradient-sum group shared by all its parameters (dense:
+                       // dp_replicate|dp_shard|cp; experts: dp_replicate|edp_shard)
+  AxisSet shard_axes;  // ZeRO cuts over these (dp_shard|cp; edp_shard); empty at stage 0
   std::vector<LocalParam> params;  // fuse groups side by side, each group aligned to 256 elements
   int64_t numel = 0;               // multiple of 256 x number of shards
   int shards = 1;
   [[nodiscard]] int64_t shard_numel() const { return numel / shards; }
+  // Ranks along these hold the same shard.
+  [[nodiscard]] AxisSet replica_axes() const { return sum_axes.without(shard_axes); }
 };
 
 struct RankLayout {
   int rank = 0;
-  std::vector<FlatBuffer> buffers;  // in block order
-  std::vector<int> blocks;          // blocks this rank computes, in order
+  std::vector<FlatBuffer> buffers;       // in block order
+  std::vector<int> blocks;               // blocks this rank computes, ascending
+  std::vector<std::vector<int>> chunks;  // the same by chunk, each a run of consecutive blocks
   [[nodiscard]] int64_t numel(
       bool trainable_only = false) const;  // over all buffers, padding included
 };
 
 // Gradient buckets in the order in which their reductions are issued: indices into
 // RankLayout::buffers. Trainable buffers in backward order (head first, a tied embedding last),
-// packed up to bucket_bytes; a buffer is never cut, and a bucket holds one sum group. Equal on all
-// ranks that reduce together.
+// packed up to bucket_bytes; a buffer is never cut, and a bucket holds one sum group. With ZeRO
+// every buffer is a bucket of its own. Equal on all ranks that reduce together.
 [[nodiscard]] std::vector<std::vector<int>> make_buckets(const RankLayout& layout, DType gradients,
                                                          int64_t bucket_bytes);
 
@@ -100,6 +103,9 @@ struct LayoutOptions {
   // First block of each pipeline stage; empty = layers in equal parts, earlier stages taking what
   // is left over.
   std::vector<int> stage_begin;
+  // Schedule::stage_of: [pipeline rank][chunk] -> stage; empty = stage r on rank r.
+  std::vector<std::vector<int>> stage_of;
+  [[nodiscard]] int pipeline_rank_of(int stage) const;
 };
 
 // Computes a rank's layout on demand; equal on every rank for equal arguments.
@@ -112,7 +118,9 @@ class Layout {
   [[nodiscard]] const LayoutOptions& options() const { return options_; }
 
  private:
-  [[nodiscard]] std::vector<FlatBuffer> buffers_of_block(int block, const Coord& coord) const;
+  [[nodiscard]] std::vector<FlatBuffer> buffers_of_block(int block, int rank) const;
+  [[nodiscard]] FlatBuffer empty_buffer(const ParamSpec& spec) const;
+  void place_stages();
   ModelShape shape_;
   std::vector<ParamSpec> table_;
   LayoutOptions options_;

@@ -52,14 +52,16 @@ struct FlopCount {
 // business).
 struct MemoryReport {
   int rank = 0;
-  int64_t parameters = 0;  // storage dtype copies used by the forward
+  int64_t parameters = 0;  // storage dtype copies used by the forward, gathered ones included
   int64_t master = 0;      // fp32 (fp64) master, 0 when the parameters are the master
   int64_t gradients = 0;
   int64_t optimizer = 0;  // moments
   int64_t activations =
       0;  // saved at the peak, all micro-batches in flight; the next two at the same moment
-  int64_t workspace = 0;            // transient: logits chunk, attention, GEMM outputs
-  int64_t communication = 0;        // bucket staging
+  // Transient: logits chunk, attention, GEMM outputs, what travels over tensor and context axes.
+  int64_t workspace = 0;
+  // Staging of gradient sums between processes; ranks that are threads of one process need none.
+  int64_t communication = 0;
   int64_t data = 0;                 // ids, targets, positions, RoPE table
   int64_t checkpoint_snapshot = 0;  // host copy of an asynchronous save; not in the step's peak
   [[nodiscard]] int64_t peak() const {
@@ -68,11 +70,11 @@ struct MemoryReport {
   }
 };
 
-// Predicted calls and bytes per step and rank: key "axis/op", e.g.
-// "dp_replicate+dp_shard+cp/all_reduce"; bytes are what the rank hands in. One all_reduce per
-// gradient bucket (make_buckets). The scalars of a step (target tokens before the forwards; loss,
-// squared norm and non-finite flag after the backwards) travel on the axis "control", which is not
-// predicted. Axes of one rank carry nothing.
+// Predicted calls and bytes of one training step of a rank: key "axis/op", e.g.
+// "dp_replicate+dp_shard+cp/all_reduce"; bytes are what the rank hands in (a receive: what it
+// takes), so that comm::Ledger counts the same. Counts, flags and sums of a few scalars travel on
+// the axis "control", which is not predicted. Axes of one rank carry nothing. Rows that go to
+// experts (axis "ep") depend on the router: predicted for an even load.
 struct TrafficEntry {
   int64_t calls = 0, bytes = 0;
 };
@@ -119,6 +121,10 @@ struct PlanInputs {
 [[nodiscard]] Plan make_plan(const recipe::Resolved& recipe, const Topology& topology,
                              const PlanInputs& inputs);
 
+// Of any rank of the plan.
+[[nodiscard]] MemoryReport report_memory(const Plan& plan, int rank);
+[[nodiscard]] Traffic predict_traffic(const Plan& plan, int rank);
+
 [[nodiscard]] std::string describe_plan(const Plan& plan);  // for people
 // For programs, and plan.json of the run directory. One object; keys are stable, new ones may be
 // added:
@@ -133,6 +139,8 @@ struct PlanInputs {
 //           checkpoint_snapshot, activation_terms [{part, phase, name, bytes}]}    bytes
 //   traffic {"axis/op": {calls, bytes}}    per step, rank 0
 //   buckets [{blocks [n], bytes}]          in the order of their reductions, rank 0
+//   ranks [{rank, pp, blocks [n], parameters, flops, flops_again, memory, traffic}]   the first
+//   rank of each pipeline rank; flops of a step = 3 x forward, flops_again by recomputation
 //   schedule {name, stages, micro_batches, peak_in_flight [n], ranks [[{op, chunk, micro_batch,
 //   peer}]]} layout {blocks [n], buffers [{block, trainable, shards, numel, params [{name,
 //   local_shape, flat_begin}]}]}   rank 0 checkpoint_bytes

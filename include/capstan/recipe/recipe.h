@@ -29,6 +29,24 @@ struct RopeScaling {
   std::string rope_type = "default";
 };
 
+struct Experts {
+  int64_t count = 0;  // 0 = dense
+  int64_t per_token = 2;
+  std::optional<int64_t> intermediate_size;  // auto = model.intermediate_size
+  int64_t shared_intermediate_size = 0;      // 0 = no shared expert
+  bool shared_gate = false;
+  std::string router = "softmax";  // softmax | sigmoid
+  bool normalize_weights = true;
+  int64_t groups = 1;
+  int64_t groups_per_token = 1;
+  double scaling = 1;
+  double auxiliary_loss = 0;
+  std::string auxiliary_scope = "sequence";  // sequence | global
+  double z_loss = 0;
+  double bias_update_rate = 0;            // 0 = off
+  std::optional<double> capacity_factor;  // none = dropless
+};
+
 struct Model {
   std::optional<std::string> from;
   std::string family = "llama";
@@ -48,6 +66,7 @@ struct Model {
   bool attention_bias = false;
   bool tie_word_embeddings = true;
   double initializer_range = 0.02;
+  Experts experts;
 };
 
 struct TrainSource {
@@ -118,6 +137,7 @@ struct Zero {
   std::optional<int64_t> shard_size;  // auto
   std::string reduce = "auto";        // auto | step | micro_batch
   bool reshard_after_forward = true;
+  int64_t prefetch = 1;          // blocks gathered ahead of their use
   std::string offload = "none";  // none | optimizer | all
 };
 struct Recompute {

@@ -4,7 +4,6 @@
 // checkpoints. Only rank 0 writes to it, checkpoints and rank logs apart.
 #pragma once
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "capstan/base/file.h"
@@ -33,16 +32,5 @@ class RunDirectory {
   int attempt_;
   std::unique_ptr<LockFile> lock_;
 };
-
-// exit.json: how the last attempt ended.
-struct ExitReport {
-  int code = 0;
-  std::string cause;  // "done", "preempted", "worker", "numerics", "data", "recipe"
-  int rank = 0;
-  std::string signal;
-  std::string message;
-  std::optional<int64_t> last_committed_step;
-};
-void write_exit_report(const Path& run_directory, const ExitReport& report);
 
 }  // namespace capstan::trainer

@@ -3,7 +3,6 @@
 // Stop requests: SIGTERM, SIGINT and SIGUSR1 ask the run to save and end; the handler only sets a
 // flag. A second signal ends the process at once by that signal.
 #pragma once
-#include <string>
 
 namespace capstan::trainer {
 
@@ -17,6 +16,5 @@ class StopSignals {
 [[nodiscard]] int stop_signal();  // 0 = none so far
 void request_stop(int signal);    // as if the signal had come; for embedders and tests
 void clear_stop();
-[[nodiscard]] std::string signal_name(int signal);  // "SIGTERM"
 
 }  // namespace capstan::trainer

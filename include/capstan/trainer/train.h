@@ -29,12 +29,17 @@ struct TrainOptions {
 struct TrainResult {
   int exit_code = 0;  // 0 done, 90 stopped by a signal after a checkpoint
   int64_t step = 0;
-  double loss = 0;  // of the last step
+  double loss = 0;      // of the last step
+  int stop_signal = 0;  // that asked for the end; 0 = none
   std::string run_directory;
 };
 
 // Every rank calls it with the same options. Throws what ends the run otherwise (see
 // Error::run_exit_code). Collective over: world.
 TrainResult train(const TrainOptions& options, const comm::Communicator& world);
+
+// The same with `nproc` ranks as threads of this process. Returns rank 0's result; throws
+// comm::RankError of the first rank that failed, which exit.json then tells of.
+TrainResult train_as_threads(const TrainOptions& options, int nproc);
 
 }  // namespace capstan::trainer

@@ -38,7 +38,12 @@ class RankEnvTest : public testing::Test {
       ::unsetenv(name);
       ::unsetenv((std::string("CAPSTAN_") + name).c_str());
     }
-    for (const char* name : {"CAPSTAN_STORE_FD", "CAPSTAN_GRACE_S", "CAPSTAN_ERROR_FILE"})
+    for (const char* name :
+         {"CAPSTAN_STORE_FD", "CAPSTAN_GRACE_S", "CAPSTAN_ERROR_FILE", "TORCHELASTIC_RUN_ID",
+          "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+          "OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID",
+          "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID",
+          "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"})
       ::unsetenv(name);
   }
   static void set(const std::map<std::string, std::string>& values,
@@ -57,6 +62,19 @@ class RankEnvTest : public testing::Test {
       {"RANK", "5"},         {"WORLD_SIZE", "8"},
       {"LOCAL_RANK", "1"},   {"LOCAL_WORLD_SIZE", "4"},
       {"MASTER_ADDR", "n0"}, {"MASTER_PORT", "29500"}};
+  const std::map<std::string, std::string> open_mpi_ = {{"OMPI_COMM_WORLD_RANK", "3"},
+                                                        {"OMPI_COMM_WORLD_SIZE", "4"},
+                                                        {"OMPI_COMM_WORLD_LOCAL_RANK", "3"},
+                                                        {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"},
+                                                        {"PMIX_NAMESPACE", "1812332545"}};
+  const std::map<std::string, std::string> slurm_ = {{"SLURM_JOB_ID", "4711"},
+                                                     {"SLURM_STEP_ID", "0"},
+                                                     {"SLURM_PROCID", "5"},
+                                                     {"SLURM_STEP_NUM_TASKS", "7"},
+                                                     {"SLURM_LOCALID", "1"},
+                                                     {"SLURM_NODEID", "2"},
+                                                     {"SLURM_STEP_TASKS_PER_NODE", "2(x3),1"},
+                                                     {"SLURM_STEP_NODELIST", "n[08-10,12]"}};
   Path folder_;
 };
 
@@ -125,6 +143,112 @@ TEST_F(RankEnvTest, MissingValues_AreRefusedByName) {
   clear();
   set({{"RANK", "0"}, {"WORLD_SIZE", "1"}});
   EXPECT_EQ(failure(), "accepted") << "one rank needs no more";
+}
+
+TEST_F(RankEnvTest, OpenMpi_IsReadAndMeetsOnThisMachine) {
+  set(open_mpi_);
+  const RankEnv env = read_rank_env();
+  EXPECT_TRUE(env.launched);
+  EXPECT_EQ(env.rank, 3);
+  EXPECT_EQ(env.world_size, 4);
+  EXPECT_EQ(env.local_rank, 3);
+  EXPECT_EQ(env.local_world_size, 4);
+  EXPECT_EQ(env.master_addr, "127.0.0.1");
+  EXPECT_THAT(env.master_port, AllOf(testing::Ge(20000), testing::Lt(30000)));
+  EXPECT_THAT(env.source, HasSubstr("Open MPI"));
+  ::setenv("OMPI_COMM_WORLD_RANK", "0", 1);
+  ::setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0", 1);
+  EXPECT_EQ(read_rank_env().master_port, env.master_port) << "all ranks derive the same";
+  ::setenv("PMIX_NAMESPACE", "1812332546", 1);
+  EXPECT_NE(read_rank_env().master_port, env.master_port) << "another job, another port";
+  set({{"MASTER_ADDR", "n0"}, {"MASTER_PORT", "4000"}});
+  EXPECT_EQ(read_rank_env().master_addr, "n0");
+  EXPECT_EQ(read_rank_env().master_port, 4000);
+}
+
+TEST_F(RankEnvTest, OpenMpiOnSeveralNodes_NeedsTheAddress) {
+  set(open_mpi_);
+  set({{"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}});
+  EXPECT_THAT(failure(), AllOf(HasSubstr("MASTER_ADDR"), HasSubstr("mpirun -x MASTER_ADDR")));
+  ::setenv("MASTER_ADDR", "n0", 1);
+  EXPECT_EQ(failure(), "accepted");
+}
+
+TEST_F(RankEnvTest, SlurmStep_IsReadWithItsFirstHost) {
+  set(slurm_);
+  const RankEnv env = read_rank_env();
+  EXPECT_TRUE(env.launched);
+  EXPECT_EQ(env.rank, 5);
+  EXPECT_EQ(env.world_size, 7);
+  EXPECT_EQ(env.local_rank, 1);
+  EXPECT_EQ(env.local_world_size, 2);
+  EXPECT_EQ(env.master_addr, "n08");
+  EXPECT_THAT(env.master_port, AllOf(testing::Ge(20000), testing::Lt(30000)));
+  EXPECT_THAT(env.source, HasSubstr("SLURM_PROCID"));
+}
+
+TEST_F(RankEnvTest, SlurmOutsideAStepAndSingleTasks_AreNoRanks) {
+  set(slurm_);
+  ::unsetenv("SLURM_STEP_ID");  // a batch script
+  EXPECT_FALSE(read_rank_env().launched);
+  set({{"SLURM_STEP_ID", "0"},
+       {"SLURM_PROCID", "0"},
+       {"SLURM_STEP_NUM_TASKS", "1"},
+       {"OMPI_COMM_WORLD_RANK", "0"},
+       {"OMPI_COMM_WORLD_SIZE", "1"}});
+  EXPECT_FALSE(read_rank_env().launched) << "an interactive step may start ranks of its own";
+}
+
+TEST_F(RankEnvTest, InnerLaunchers_WinOverOuterOnes) {
+  set(slurm_);
+  set(open_mpi_);
+  EXPECT_EQ(read_rank_env().rank, 3) << "mpirun inside a Slurm step";
+  set(good_);
+  ::setenv("TORCHELASTIC_RUN_ID", "none", 1);
+  EXPECT_EQ(read_rank_env().rank, 5) << "torchrun inside them";
+  EXPECT_THAT(read_rank_env().source, HasSubstr("torchrun"));
+}
+
+TEST_F(RankEnvTest, Contradictions_AreRefusedWithBothNames) {
+  set(open_mpi_);
+  set({{"RANK", "1"}, {"WORLD_SIZE", "4"}, {"LOCAL_RANK", "1"}});
+  EXPECT_THAT(failure(), AllOf(HasSubstr("RANK=1, WORLD_SIZE=4"),
+                               HasSubstr("OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4")));
+  clear();
+  set(slurm_);
+  set({{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}});
+  EXPECT_THAT(failure(), AllOf(HasSubstr("WORLD_SIZE=8"), HasSubstr("SLURM_STEP_NUM_TASKS=7")));
+}
+
+TEST_F(RankEnvTest, AgreeingNames_AreCompleted) {
+  set(slurm_);
+  set({{"RANK", "5"}, {"WORLD_SIZE", "7"}, {"MASTER_ADDR", "n08"}, {"MASTER_PORT", "4000"}});
+  const RankEnv env = read_rank_env();
+  EXPECT_EQ(env.local_rank, 1);
+  EXPECT_EQ(env.local_world_size, 2);
+  EXPECT_EQ(env.master_port, 4000);
+}
+
+TEST_F(RankEnvTest, HostileSchedulerValues_AreRefusedByName) {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+                           "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"}) {
+    for (const char* bad : {"", "-1", "4x", "99999999999999999999", "1e3"}) {
+      clear();
+      set(open_mpi_);
+      ::setenv(name, bad, 1);
+      EXPECT_THAT(failure(), HasSubstr("variable " + std::string(name))) << bad;
+    }
+  }
+  for (const auto& name : {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID",
+                           "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"}) {
+    for (const char* bad : {"", "-1", "2(x3", "2(x99999999999)", "a[01-03", "a;b", "[[[[[["}) {
+      clear();
+      set(slurm_);
+      ::setenv(name, bad, 1);
+      if (std::string(name) == "SLURM_STEP_NODELIST" && std::string(bad) == "-1") continue;
+      EXPECT_THAT(failure(), HasSubstr("variable " + std::string(name))) << bad;
+    }
+  }
 }
 
 TEST_F(RankEnvTest, StoreDescriptor_MustBeASocket) {

@@ -112,7 +112,7 @@ TEST(FlatStore, FirstWriteOfAStep_Overwrites) {
         param::add_to_slot(slot, at::ones({12, 20}, at::kDouble));
       });
     EXPECT_EQ(store->shard().gradient.sum().item<double>(), 2 * 240);
-    store->finish_gradient();
+    (void)store->take_gradient(true);
   }
   EXPECT_EQ(flags, (std::vector<bool>{true, false, true, false}));
 }
@@ -125,7 +125,7 @@ TEST(FlatStore, JoinedWriteAfterOnePart_AddsToThatPartOnly) {
   store->begin_step();
   store->accumulate_joined(
       indices, [](GradSlot& s) { s.buffer.fill_(99); }, When::kNow);
-  store->finish_gradient();
+  (void)store->take_gradient(true);
   store->begin_step();
   store->accumulate(
       indices[0], [](GradSlot& s) { s.buffer.fill_(5); }, When::kNow);
@@ -137,7 +137,7 @@ TEST(FlatStore, JoinedWriteAfterOnePart_AddsToThatPartOnly) {
         slot.buffer.add_(1);
       },
       When::kNow);
-  store->finish_gradient();
+  (void)store->take_gradient(true);
   EXPECT_EQ(store->shard().gradient.sum().item<double>(), 240 * 6 + 240 * 1);
 }
 
@@ -147,9 +147,9 @@ TEST(FlatStore, UntouchedParameters_FinishWithZeroGradient) {
   store->begin_step();
   store->accumulate(
       down, [](GradSlot& s) { s.buffer.fill_(3); }, When::kNow);
-  store->finish_gradient();
+  (void)store->take_gradient(true);
   store->begin_step();
-  store->finish_gradient();
+  (void)store->take_gradient(true);
   EXPECT_EQ(store->shard().gradient.abs().sum().item<double>(), 0);
 }
 
@@ -157,7 +157,7 @@ TEST(FlatStore, GradientAfterReduction_NamesTheParameter) {
   const auto store = small_model().store(1);
   const int down = index_of(*store, kLayer + "mlp.down_proj.weight");
   store->begin_step();
-  store->finish_gradient();
+  (void)store->take_gradient(true);
   const auto late = [&] {
     store->accumulate(
         down, [](GradSlot&) {}, When::kNow);

@@ -30,55 +30,43 @@ struct FourBlocks {
     list[0].stores = {3};
     list[1].stores = {2, 1};
     list[2].stores = {0};
+    for (auto& bucket : list) bucket.gradients = at::zeros({1}, at::kDouble);
     BucketHooks hooks;
     hooks.on_reduce = [this](int bucket) { issued.push_back(bucket); };
     buckets = std::make_unique<GradientBuckets>(std::move(list), stores, hooks);
   }
 };
 
-TEST(GradientBuckets, IssuesABucketWhenItsLastPassIsDone) {
+TEST(GradientBuckets, IssuesABucketWhenItsLastStoreIsComplete) {
   FourBlocks s;
-  s.buckets->begin_step({1, 1, 1, 1});
-  s.buckets->pass_done(3);
+  s.buckets->begin_step();
+  s.buckets->complete(3, true);
   EXPECT_EQ(s.issued, (std::vector<int>{0}));
-  s.buckets->pass_done(2);
+  s.buckets->complete(2, true);
   EXPECT_EQ(s.issued, (std::vector<int>{0}));
   EXPECT_FALSE(s.stores[2]->is_finished());
-  s.buckets->pass_done(1);
+  s.buckets->complete(1, true);
   EXPECT_EQ(s.issued, (std::vector<int>{0, 1}));
   EXPECT_TRUE(s.stores[2]->is_finished());
-  s.buckets->pass_done(0);
+  s.buckets->complete(0, true);
   EXPECT_EQ(s.issued, (std::vector<int>{0, 1, 2}));
-  s.buckets->wait();
-}
-
-TEST(GradientBuckets, CountsPassesOfAllMicroBatchesAndUses) {
-  FourBlocks s;
-  s.buckets->begin_step({2, 1, 1, 1});  // a tied table: the head's pass and its own
-  s.buckets->pass_done(3);
-  s.buckets->pass_done(0);
-  s.buckets->pass_done(2);
-  s.buckets->pass_done(1);
-  EXPECT_EQ(s.issued, (std::vector<int>{0, 1}));
-  s.buckets->pass_done(0);
-  EXPECT_EQ(s.issued, (std::vector<int>{0, 1, 2}));
+  s.buckets->finish_step();
 }
 
 TEST(GradientBuckets, KeepsThePlannedOrderWhateverCompletesFirst) {
   FourBlocks s;
-  s.buckets->begin_step({1, 1, 1, 1});
-  for (const int store : {0, 1, 2}) s.buckets->pass_done(store);
+  s.buckets->begin_step();
+  for (const int store : {0, 1, 2}) s.buckets->complete(store, true);
   EXPECT_TRUE(s.issued.empty());
-  s.buckets->pass_done(3);
+  s.buckets->complete(3, true);
   EXPECT_EQ(s.issued, (std::vector<int>{0, 1, 2}));
 }
 
-TEST(GradientBuckets, MissingOrExtraPass_IsAnError) {
+TEST(GradientBuckets, MissingSum_IsAnError) {
   FourBlocks s;
-  s.buckets->begin_step({1, 1, 1, 1});
-  s.buckets->pass_done(3);
-  EXPECT_THROW(s.buckets->wait(), InternalError);
-  EXPECT_THROW(s.buckets->pass_done(3), InternalError);
+  s.buckets->begin_step();
+  s.buckets->complete(3, true);
+  EXPECT_THROW(s.buckets->finish_step(), InternalError);
 }
 
 }  // namespace

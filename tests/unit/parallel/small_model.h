@@ -41,7 +41,7 @@ struct SmallModel {
       at::Tensor memory = gradient;
       if (buffer.trainable && !memory.defined())
         memory = at::zeros({buffer.numel}, types.gradients);
-      return std::make_unique<FlatStore>(buffer, table, types, memory, true);
+      return std::make_unique<FlatStore>(buffer, table, StoreOptions{.types = types}, memory);
     }
     return nullptr;
   }

@@ -72,12 +72,13 @@ TEST(Grid, DataParallelIndexCountsShardsFastest) {
 
 TEST(Grid, ExpertViewFoldsTheSameRanks) {
   const Grid grid({.pp = 2, .dp_replicate = 2, .dp_shard = 2, .cp = 1, .tp = 2, .ep = 4});
-  EXPECT_EQ(grid.expert_data_parallel_size(), 2);
+  EXPECT_EQ(grid.expert_shard_size(), 1);
   for (int rank = 0; rank < grid.size(); ++rank) {
-    const std::vector<int> ep = grid.expert_ranks(rank), edp = grid.expert_data_ranks(rank);
+    const std::vector<int> ep = grid.ranks_along(Axis::kEp, rank),
+                           edp = grid.ranks_along(kExpertDataAxes, rank);
     EXPECT_EQ(ep.size(), 4u);
     EXPECT_EQ(edp.size(), 2u);
-    EXPECT_EQ(ep[static_cast<size_t>(grid.expert_index(rank))], rank);
+    EXPECT_EQ(ep[static_cast<size_t>(grid.index_along(Axis::kEp, rank))], rank);
     EXPECT_NE(std::find(edp.begin(), edp.end(), rank), edp.end());
     // An expert group stays within one replica and one stage.
     for (const int other : ep) {
@@ -88,7 +89,7 @@ TEST(Grid, ExpertViewFoldsTheSameRanks) {
     // Both together give the stage.
     std::set<int> reached;
     for (const int a : edp)
-      for (const int b : grid.expert_ranks(a)) reached.insert(b);
+      for (const int b : grid.ranks_along(Axis::kEp, a)) reached.insert(b);
     EXPECT_EQ(reached.size(), 8u);
   }
 }

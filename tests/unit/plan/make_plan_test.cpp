@@ -235,17 +235,41 @@ INSTANTIATE_TEST_SUITE_P(
                 [](R& r) { r.parallel.context.size = 3; },
                 3,
                 "batch.sequence_length",
-                {"multiple of 6", "252 or 258"}},
+                {"a multiple of", "= 6", "252 or 258"}},
         Refused{"schedule",
-                [](R& r) { r.parallel.pipeline.schedule = "1f1b"; },
-                1,
+                [](R& r) {
+                  r.parallel.pipeline.schedule = "interleaved";
+                  r.parallel.pipeline.size = 2;
+                },
+                2,
                 "parallel.pipeline.schedule",
-                {"1f1b", "gpipe"}},
+                {"interleaved", "chunks"}},
+        Refused{"micro_batch_reduce",
+                [](R& r) {
+                  r.parallel.zero.stage = 1;
+                  r.parallel.zero.reduce = "micro_batch";
+                },
+                1,
+                "parallel.zero.reduce",
+                {"stage 2 or 3"}},
+        Refused{"reshard",
+                [](R& r) { r.parallel.zero.reshard_after_forward = false; },
+                1,
+                "parallel.zero.reshard_after_forward",
+                {"stage 3"}},
+        Refused{"offload",
+                [](R& r) {
+                  r.parallel.zero.stage = 2;
+                  r.parallel.zero.offload = "all";
+                },
+                1,
+                "parallel.zero.offload",
+                {"stage 3", "optimizer"}},
         Refused{"stages",
-                [](R& r) { r.parallel.pipeline.size = 5; },
-                5,
+                [](R& r) { r.parallel.pipeline.size = 7; },
+                7,
                 "parallel.pipeline.size",
-                {"num_hidden_layers 4"}},
+                {"6 stages", "4 layers"}},
         Refused{"split",
                 [](R& r) {
                   r.parallel.pipeline.size = 2, r.parallel.pipeline.split = {{1, 2}};
@@ -263,7 +287,7 @@ INSTANTIATE_TEST_SUITE_P(
                 2,
                 "parallel.zero.shard_size",
                 {"stage 0"}},
-        Refused{"expert", [](R& r) { r.parallel.expert = 2; }, 2, "parallel.expert", {"divisor"}},
+        Refused{"expert", [](R& r) { r.parallel.expert = 2; }, 2, "parallel.expert", {"no experts"}},
         Refused{
             "device", [](R& r) { r.run.device = "cuda"; }, 1, "run.device", {"cuda", "need cpu"}},
         Refused{"family",

@@ -210,8 +210,8 @@ TEST(Pieces, ShardsOfCountedHoldersCoverEveryElementOnce) {
       const RankLayout own = layout.rank(rank);
       for (const FlatBuffer& buffer : own.buffers) {
         const int shard = options.grid.index_along(buffer.shard_axes, rank);
-        if (buffer.shards == 1 && shard != 0) continue;
-        const int64_t begin = buffer.shards == 1 ? 0 : shard * buffer.shard_numel();
+        if (options.grid.index_along(buffer.replica_axes(), rank) != 0) continue;
+        const int64_t begin = shard * buffer.shard_numel();
         for (const FlatPiece& piece :
              pieces_of(buffer, table, begin, begin + buffer.shard_numel())) {
           const LocalParam& param = buffer.params[static_cast<size_t>(piece.param)];

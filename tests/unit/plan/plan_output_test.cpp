@@ -24,7 +24,7 @@ TEST(PlanJson, HasTheDocumentedKeys) {
   EXPECT_THAT(keys, ::testing::UnorderedElementsAre(
                         "schema", "choices", "device", "world_size", "threads_per_rank", "grid",
                         "zero_stage", "model", "parameters", "precision", "batch", "run", "flops",
-                        "memory", "traffic", "buckets", "schedule", "layout", "checkpoint_bytes"));
+                        "memory", "traffic", "ranks", "buckets", "schedule", "layout", "checkpoint_bytes"));
   EXPECT_EQ(json["schema"], 1);
   EXPECT_EQ(json["world_size"], 2);
   EXPECT_EQ(json["grid"]["dp_replicate"], 2);

@@ -100,6 +100,42 @@ TEST_F(PlanVerb, WhatCannotBeHonouredIsRefused) {
   }
 }
 
+TEST_F(PlanVerb, DrawsTheScheduleAsTextOrFile) {
+  const std::vector<std::string> flags = {"--set", "model.vocab_size=100", "--draw"};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), flags.begin(), flags.end());
+    return more;
+  };
+  EXPECT_THAT(run(with({})), HasSubstr("  rank 0 | F0 B0 -- F1 B1 --\n"));
+  const std::string file = (folder_ / "step.svg").string();
+  EXPECT_THAT(run(with({file})), HasSubstr(file));
+  std::ifstream stream(file);
+  const std::string svg((std::istreambuf_iterator<char>(stream)), {});
+  EXPECT_EQ(svg.rfind("<svg ", 0), 0u);
+  EXPECT_THAT(svg, HasSubstr("2 micro-batches"));
+  EXPECT_THROW((void)run(with({"--json"})), CLI::ParseError);
+  try {
+    (void)run(with({"step.png"}));
+    FAIL();
+  } catch (const ConfigError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("ends in .svg"));
+  }
+}
+
+TEST_F(PlanVerb, DrawsEveryScheduleOfARecipe) {
+  const auto draw = [&](const char* schedule, const char* chunks) {
+    return run({"--set", "model.vocab_size=100", "--world", "2", "--set",
+                "parallel.pipeline.size=2", "--set",
+                std::string("parallel.pipeline.schedule=") + schedule, "--set",
+                std::string("parallel.pipeline.chunks=") + chunks, "--draw"});
+  };
+  EXPECT_THAT(draw("gpipe", "1"), HasSubstr("  rank 1 | .. F0 F1 B0 -- B1 -- .. ..\n"));
+  EXPECT_THAT(draw("1f1b", "1"), HasSubstr("  rank 1 | .. F0 B0 -- F1 B1 -- .. ..\n"));
+  EXPECT_THAT(draw("interleaved", "2"), HasSubstr("  rank 1 | ..   F0.0 F1.0 F0.1 B0.1 --"));
+  EXPECT_THAT(draw("zero_bubble", "1"), HasSubstr("  rank 1 | .. F0 I0 F1 I1 W0 W1\n"));
+  EXPECT_THAT(draw("zero_bubble", "2"), HasSubstr("  rank 1 | ..   F0.0 F0.1 F1.0 F1.1 I0.1"));
+}
+
 TEST_F(PlanVerb, PlansTheQuickstart) {
   CLI::App app("capstan");
   add_plan(app);

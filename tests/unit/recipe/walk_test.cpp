@@ -20,10 +20,34 @@ namespace {
 
 using testing::HasSubstr;
 
+// Keys of experts do nothing without experts.
+Overrides of_experts(const Overrides& more) {
+  Overrides all = {"model.family=moe", "model.experts.count=8"};
+  for (const std::string& change : more) all.push_back("model.experts." + change);
+  return all;
+}
+
 const std::map<std::string, Overrides> kTied = {
     {"run.tokens", {"run.steps=none", "run.tokens=640"}},
     {"model.num_key_value_heads", {"model.num_key_value_heads=2"}},
     {"model.max_position_embeddings", {"model.max_position_embeddings=32"}},
+    {"model.family", of_experts({})},
+    {"model.experts.count", of_experts({})},
+    {"model.experts.per_token", of_experts({"per_token=3"})},
+    {"model.experts.intermediate_size", of_experts({"intermediate_size=24"})},
+    {"model.experts.shared_intermediate_size", of_experts({"shared_intermediate_size=48"})},
+    {"model.experts.shared_gate", of_experts({"shared_intermediate_size=48", "shared_gate=true"})},
+    {"model.experts.router", of_experts({"router=sigmoid"})},
+    {"model.experts.normalize_weights", of_experts({"normalize_weights=false"})},
+    {"model.experts.groups", of_experts({"groups=2"})},
+    {"model.experts.groups_per_token", of_experts({"groups=4", "groups_per_token=2"})},
+    {"model.experts.scaling", of_experts({"scaling=2.5"})},
+    {"model.experts.auxiliary_loss", of_experts({"auxiliary_loss=0.01"})},
+    {"model.experts.auxiliary_scope",
+     of_experts({"auxiliary_loss=0.01", "auxiliary_scope=global"})},
+    {"model.experts.z_loss", of_experts({"z_loss=0.001"})},
+    {"model.experts.bias_update_rate", of_experts({"bias_update_rate=0.001"})},
+    {"model.experts.capacity_factor", of_experts({"capacity_factor=1.5"})},
     {"data.train", {"data.train=[{path: corpus/train}, {path: corpus/more}]"}},
     {"data.validation", {"data.validation=[]"}},
     {"batch.micro_samples", {"batch.micro_samples=4"}},

@@ -10,7 +10,7 @@
 #include <cerrno>
 #include <span>
 
-#include "launch/console_tee_internal.h"
+#include "launch/rank_output_internal.h"
 
 namespace capstan::launch::internal {
 
@@ -18,7 +18,7 @@ namespace {
 
 using capstan::Descriptor;
 
-// False when the target is gone (closed terminal, full disk): the other one goes on.
+// False when the target is gone (closed terminal).
 bool write_whole(int target, std::span<const char> bytes) {
   while (!bytes.empty()) {
     const ssize_t done = ::write(target, bytes.data(), bytes.size());
@@ -36,8 +36,8 @@ bool write_whole(int target, std::span<const char> bytes) {
 
 }  // namespace
 
-ConsoleTee::ConsoleTee(const Path& log, int console) : console_(console) {
-  log_ = capstan::open_file(log, O_WRONLY | O_CREAT | O_APPEND);
+RankOutput::RankOutput(const Path& log, int64_t log_limit_bytes, int console)
+    : console_(console), log_(log, log_limit_bytes) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) {
     capstan::throw_file_error("creating", "a pipe", errno);
@@ -49,12 +49,12 @@ ConsoleTee::ConsoleTee(const Path& log, int console) : console_(console) {
   if (stop_.get() < 0) capstan::throw_file_error("creating", "an eventfd", errno);
 }
 
-void ConsoleTee::start() {
+void RankOutput::start() {
   write_end_.reset();
   thread_ = std::thread([this] { pump(); });
 }
 
-ConsoleTee::~ConsoleTee() {
+RankOutput::~RankOutput() {
   if (!thread_.joinable()) return;
   const uint64_t one = 1;
   (void)!::write(stop_.get(), &one, sizeof(one));
@@ -63,19 +63,19 @@ ConsoleTee::~ConsoleTee() {
 
 // Until the end of the pipe, or, once told to stop, until it is empty: a process that left the
 // rank's group may keep it open for ever.
-void ConsoleTee::pump() {
+void RankOutput::pump() {
   sigset_t all;
   ::sigfillset(
       &all);  // signals belong to the main thread; SIGPIPE of a closed console becomes EPIPE
   ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
   std::array<char, 64 << 10> buffer;
-  bool to_log = true, to_console = true;
+  bool to_console = console_ >= 0;
   for (;;) {
     const ssize_t got = ::read(read_end_.get(), buffer.data(), buffer.size());
     if (got == 0) return;
     if (got > 0) {
       const std::span<const char> bytes(buffer.data(), static_cast<size_t>(got));
-      to_log = to_log && write_whole(log_.get(), bytes);
+      log_.write({bytes.data(), bytes.size()});
       to_console = to_console && write_whole(console_, bytes);
       continue;
     }

@@ -1,0 +1,31 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Tokens into the order of their experts and back. Legend: N tokens, k choices of a token, E
+// experts, R rows (choices that were kept), D features.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "capstan/ops/record.h"
+
+namespace capstan::ops {
+
+// Kept choices sorted by expert, within an expert by token.
+struct ExpertOrder {
+  Tensor slot_R;    // int64, token x k + choice
+  Tensor place_Nk;  // int64, row of each choice; -1 where it was dropped
+  std::vector<int64_t> counts_E;
+};
+// keep_Nk: bool, undefined = all.
+[[nodiscard]] ExpertOrder order_by_expert(const Tensor& experts_Nk, const Tensor& keep_Nk,
+                                          int64_t experts);
+
+// [N, D] -> [R, D]. The gradient of a token is summed in the order of its choices.
+[[nodiscard]] Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order);
+
+// [R, D], weights [N, k] -> [N, D]: sum over the choices, in their order, of weight x row, in at
+// least fp32; 0 for a token without any. Differentiable in both.
+[[nodiscard]] Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_Nk,
+                                  const ExpertOrder& order);
+
+}  // namespace capstan::ops

@@ -1,0 +1,188 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Legend: B samples, T tokens, N = B T, D hidden, E experts, k choices of a token, R rows, S rows
+// of the micro-batch.
+#include "capstan/nn/experts.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "capstan/base/check.h"
+#include "capstan/ops/grouped_linear.h"
+#include "capstan/ops/permute.h"
+#include "capstan/ops/swiglu.h"
+#include "capstan/plan/experts.h"
+
+namespace capstan::nn {
+namespace {
+
+ops::RouterSpec router_spec(const plan::ExpertShape& e) {
+  return {.per_token = e.per_token,
+          .sigmoid = e.router == "sigmoid",
+          .normalize = e.normalize_weights,
+          .groups = e.groups,
+          .groups_per_token = e.groups_per_token,
+          .scaling = e.scaling};
+}
+
+// What a pass through the experts of one layer knows.
+struct ExpertPass {
+  const Context& context;
+  int layer;
+  const ExpertInput& input;
+  const TokenPlaces& places;
+  const ExpertCut& cut;
+
+  [[nodiscard]] const plan::ExpertShape& shape() const { return input.shape; }
+  [[nodiscard]] bool reports() const {
+    return context.mode == param::Mode::kTrain && context.stats != nullptr;
+  }
+  [[nodiscard]] bool trains() const {
+    return context.mode == param::Mode::kTrain || context.mode == param::Mode::kRecompute;
+  }
+  void report(const char* name, const Tensor& value) const {
+    context.stats->add(name, layer, value);
+  }
+
+  [[nodiscard]] const param::RouterState& state() const {
+    const auto at = static_cast<size_t>(layer);
+    CAPSTAN_CHECK(at < context.routers.size(),
+                  "layer {}: balancing needs the state of its router, the pass has {}", layer,
+                  context.routers.size());
+    return context.routers[at];
+  }
+  [[nodiscard]] Tensor bias() const {
+    if (shape().bias_update_rate == 0) return {};
+    CAPSTAN_CHECK(state().bias_E.defined(), "layer {}: no bias of the router", layer);
+    return state().bias_E;
+  }
+  // E x fraction of the choices on each expert, per row or the same for all.
+  [[nodiscard]] Tensor load_SE(const Tensor& experts_Nk, at::ScalarType wide) const;
+  [[nodiscard]] ops::RouterLoss loss(const ops::Routing& routing) const;
+  [[nodiscard]] Tensor keep(const Tensor& experts_Nk) const;
+  void report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
+                      const ops::RouterLoss& loss, const Tensor& keep_Nk) const;
+};
+
+Tensor ExpertPass::load_SE(const Tensor& experts_Nk, at::ScalarType wide) const {
+  const int64_t count = shape().count;
+  if (shape().auxiliary_scope == "global") {
+    const Tensor fractions_E = state().fractions_E;
+    CAPSTAN_CHECK(fractions_E.defined(), "layer {}: no fractions of the previous step", layer);
+    return (fractions_E.to(wide) * static_cast<double>(count)).expand({places.rows, count});
+  }
+  const Tensor counts_SE =
+      ops::count_choices(experts_Nk, places.row_N, places.rows, count).to(at::kDouble);
+  if (cut.sum_rows) cut.sum_rows(counts_SE);
+  const auto choices = static_cast<double>(shape().per_token * places.row_length);
+  return (counts_SE * (static_cast<double>(count) / choices)).to(wide);
+}
+
+ops::RouterLoss ExpertPass::loss(const ops::Routing& routing) const {
+  const plan::ExpertShape& e = shape();
+  if (e.auxiliary_loss == 0 && e.z_loss == 0) return {};
+  CAPSTAN_CHECK(context.rows_of_step > 0,
+                "layer {}: losses on the router need the number of rows of the step", layer);
+  const double per_token =
+      context.loss_scale / (context.rows_of_step * static_cast<double>(places.row_length));
+  ops::RouterLoss loss{.balance_SE = {}, .row_N = places.row_N, .z = e.z_loss * per_token};
+  if (e.auxiliary_loss > 0)
+    loss.balance_SE = load_SE(routing.experts_Nk, routing.scores_NE.scalar_type()) *
+                      (e.auxiliary_loss * per_token);
+  return loss;
+}
+
+Tensor ExpertPass::keep(const Tensor& experts_Nk) const {
+  // While decoding, rows have no length yet.
+  if (!shape().capacity_factor || context.mode == param::Mode::kDecode) return {};
+  const ops::CapacitySpec spec{.rows = places.rows,
+                               .row_length = places.row_length,
+                               .experts = shape().count,
+                               .capacity = plan::expert_capacity(shape(), places.row_length)};
+  if (cut.keep) return cut.keep(experts_Nk, places, spec);
+  return ops::keep_within_capacity(experts_Nk, places.row_N, places.place_N, spec);
+}
+
+void ExpertPass::report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
+                                const ops::RouterLoss& loss, const Tensor& keep_Nk) const {
+  const auto wants = [&](const char* name) { return context.stats->wants(name); };
+  const auto number = [](int64_t value) { return at::scalar_tensor(value, at::kLong); };
+  report("chosen_experts", routing.experts_Nk);
+  report("router_scores", routing.scores_NE);
+  report("router_tokens", number(routing.experts_Nk.size(0)));
+  if (wants("expert_tokens"))
+    report("expert_tokens", at::bincount(routing.experts_Nk.flatten(), {}, shape().count));
+  report("expert_dropped", keep_Nk.defined() ? keep_Nk.logical_not().sum() : number(0));
+  if (wants("router_entropy")) {
+    Tensor shares_NE = routing.scores_NE.to(at::kDouble);
+    if (spec.sigmoid) shares_NE = shares_NE / shares_NE.sum(-1, true);
+    report("router_entropy", -at::xlogy(shares_NE, shares_NE).sum());
+  }
+  const auto values = ops::router_loss_values(routing, spec, loss);
+  if (shape().auxiliary_loss > 0)
+    report("router_auxiliary_loss", values.balance / context.loss_scale);
+  if (shape().z_loss > 0) report("router_z_loss", values.z / context.loss_scale);
+}
+
+// The MLP of every expert held here, on rows in expert order.
+Tensor expert_mlp(const ExpertInput& input, const Tensor& rows_RD,
+                  const std::vector<int64_t>& counts) {
+  const Tensor gate_up_RF = ops::grouped_linear(rows_RD, input.gate_up, counts);
+  return ops::grouped_linear(ops::swiglu(gate_up_RF), input.down, counts);
+}
+
+}  // namespace
+
+TokenPlaces places_of(const param::RowMap& rows, int64_t batch, int64_t tokens, int64_t first,
+                      int64_t row_length) {
+  TokenPlaces places{.row_N = {}, .place_N = {}, .rows = batch, .row_length = row_length};
+  const Tensor place_T = rows.row_index_T.defined() ? rows.row_index_T.narrow(0, first, tokens)
+                                                    : at::arange(first, first + tokens, at::kLong);
+  places.place_N = place_T.repeat({batch});
+  places.row_N = at::arange(batch, at::kLong).repeat_interleave(tokens);
+  return places;
+}
+
+Tensor run_experts(const Context& context, int layer, const Tensor& x_ND, const ExpertInput& input,
+                   const TokenPlaces& places, const ExpertCut& cut) {
+  const ExpertPass pass{context, layer, input, places, cut};
+  const ops::RouterSpec spec = router_spec(input.shape);
+  CAPSTAN_CHECK(cut.exchange || static_cast<int64_t>(input.gate_up.size()) == input.shape.count,
+                "layer {}: {} of {} experts without an exchange", layer, input.gate_up.size(),
+                input.shape.count);
+  ops::Routing routing;
+  ops::RouterLoss loss;
+  Tensor keep_Nk;
+  {
+    at::NoGradGuard no_grad;
+    routing = ops::route(x_ND, input.router.weight(), pass.bias(), spec);
+    keep_Nk = pass.keep(routing.experts_Nk);
+  }
+  const bool needs_loss =
+      pass.trains() && (pass.reports() || ops::needs_backward({x_ND}, input.router.parts));
+  {
+    at::NoGradGuard no_grad;
+    if (needs_loss) loss = pass.loss(routing);
+    if (pass.reports()) pass.report_routing(routing, spec, loss, keep_Nk);
+  }
+  const Tensor weights_Nk = ops::router_weights(x_ND, input.router, routing, spec, loss);
+  const ops::ExpertOrder order =
+      ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count);
+  const Tensor rows_RD = ops::permute_tokens(x_ND, order);
+  if (!cut.exchange)
+    return ops::combine_rows(expert_mlp(input, rows_RD, order.counts_E), weights_Nk, order);
+  const ExpertCut::Exchange exchange = cut.exchange(order.counts_E);
+  const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), exchange.counts));
+  return ops::combine_rows(y_RD, weights_Nk, order);
+}
+
+Tensor Seams::experts(const Context& context, int layer, const Tensor& x_BTD,
+                      const ExpertInput& input) {
+  CAPSTAN_CHECK(context.rows, "a pass needs the map of its rows");
+  const int64_t batch = x_BTD.size(0), tokens = x_BTD.size(1);
+  const TokenPlaces places = places_of(*context.rows, batch, tokens, 0, tokens);
+  return run_experts(context, layer, x_BTD.reshape({batch * tokens, -1}), input, places, {})
+      .view(x_BTD.sizes());
+}
+
+}  // namespace capstan::nn

@@ -1,0 +1,130 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Legend: L layers of this rank, E experts, X = E and the single numbers of a layer.
+#include "capstan/parallel/expert_balance.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <string_view>
+
+#include "capstan/base/check.h"
+#include "capstan/plan/experts.h"
+
+namespace capstan::parallel {
+namespace {
+
+// The single numbers, in the order in which they stand behind the counts.
+constexpr std::array<std::string_view, 5> kNumbers = {
+    "expert_dropped", "router_tokens", "router_entropy", "router_auxiliary_loss", "router_z_loss"};
+
+}  // namespace
+
+double ExpertLoad::max_over_mean() const {
+  const double sum = std::accumulate(tokens.begin(), tokens.end(), 0.0);
+  if (sum == 0) return 1;
+  return *std::max_element(tokens.begin(), tokens.end()) * static_cast<double>(tokens.size()) / sum;
+}
+
+double ExpertLoad::dropped_fraction() const {
+  const double sum = std::accumulate(tokens.begin(), tokens.end(), 0.0);
+  return sum == 0 ? 0 : dropped / sum;
+}
+
+ExpertBalance::ExpertBalance(const plan::ModelShape& shape, std::vector<int> layers,
+                             at::ScalarType dtype)
+    : shape_(shape), layers_(std::move(layers)) {
+  const plan::ExpertShape& e = shape_.experts;
+  states_.resize(static_cast<size_t>(shape_.num_hidden_layers));
+  for (const int layer : layers_) {
+    param::RouterState& state = states_.at(static_cast<size_t>(layer));
+    if (e.bias_update_rate > 0) state.bias_E = at::zeros({e.count}, dtype);
+    if (e.auxiliary_loss > 0 && e.auxiliary_scope == "global")
+      state.fractions_E = at::full({e.count}, 1.0 / static_cast<double>(e.count), dtype);
+  }
+  reset();
+}
+
+void ExpertBalance::reset() {
+  sums_LX_ = at::zeros({static_cast<int64_t>(layers_.size()),
+                        shape_.experts.count + static_cast<int64_t>(kNumbers.size())},
+                       at::kDouble);
+}
+
+at::Tensor ExpertBalance::row(int layer) {
+  const auto it = std::find(layers_.begin(), layers_.end(), layer);
+  CAPSTAN_CHECK(it != layers_.end(), "statistics of layer {}, which is not of this rank", layer);
+  return sums_LX_[it - layers_.begin()];
+}
+
+bool ExpertBalance::wants(const char* name) const {
+  return wants_entropy_ || std::string_view(name) != "router_entropy";
+}
+
+void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
+  at::NoGradGuard no_grad;
+  const int64_t count = shape_.experts.count;
+  if (std::string_view(name) == "expert_tokens") {
+    row(layer).narrow(0, 0, count).add_(value);
+    return;
+  }
+  const auto* const it = std::find(kNumbers.begin(), kNumbers.end(), std::string_view(name));
+  if (it != kNumbers.end()) row(layer)[count + (it - kNumbers.begin())].add_(value);
+}
+
+std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& group, bool applied) {
+  at::NoGradGuard no_grad;
+  std::vector<ExpertLoad> loads;
+  if (layers_.empty()) return loads;
+  if (group.size() > 1) group.control().all_reduce(sums_LX_).wait();
+  const int64_t count = shape_.experts.count, width = sums_LX_.size(1);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const double* const x = sums_LX_.const_data_ptr<double>() + static_cast<int64_t>(i) * width;
+    ExpertLoad load{.layer = layers_[i], .tokens = {x, x + count}};
+    load.dropped = x[count];
+    load.routed_tokens = x[count + 1];
+    load.entropy = load.routed_tokens > 0 ? x[count + 2] / load.routed_tokens : 0;
+    load.auxiliary_loss = x[count + 3];
+    load.z_loss = x[count + 4];
+    if (applied) update(load);
+    loads.push_back(std::move(load));
+  }
+  reset();
+  return loads;
+}
+
+void ExpertBalance::update(const ExpertLoad& load) {
+  const double sum = std::accumulate(load.tokens.begin(), load.tokens.end(), 0.0);
+  if (sum == 0) return;
+  const param::RouterState& state = states_.at(static_cast<size_t>(load.layer));
+  const at::Tensor tokens_E = at::tensor(load.tokens, at::kDouble);
+  if (state.fractions_E.defined()) state.fractions_E.copy_(tokens_E / sum);
+  if (!state.bias_E.defined()) return;
+  // Exact comparison: counts are whole, and count x E against the sum avoids the rounded mean.
+  const at::Tensor error_E = sum - tokens_E * static_cast<double>(shape_.experts.count);
+  state.bias_E.add_(error_E.sign().to(state.bias_E.scalar_type()), shape_.experts.bias_update_rate);
+}
+
+std::vector<mesh::StateEntry> ExpertBalance::state_entries(const std::string& model,
+                                                           bool writes) const {
+  std::vector<mesh::StateEntry> entries;
+  const plan::ExpertNames& names = plan::expert_names(shape_.family);
+  const plan::Shape shape{shape_.experts.count};
+  for (const int layer : layers_) {
+    const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+    const param::RouterState& state = states_.at(static_cast<size_t>(layer));
+    const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+      if (tensor.defined())
+        entries.push_back(
+            {model, "router", prefix + name, shape, plan::whole_box(shape), tensor, writes});
+    };
+    add(names.router_bias, state.bias_E);
+    add(names.router_fractions, state.fractions_E);
+  }
+  return entries;
+}
+
+}  // namespace capstan::parallel

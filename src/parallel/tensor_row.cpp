@@ -1,0 +1,68 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Row-parallel linear. Legend: B samples, T tokens, O features of this rank.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "capstan/ops/linear.h"
+#include "parallel/ring_exchange_internal.h"
+#include "parallel/sequence_cut_internal.h"
+#include "parallel/tensor_linear_internal.h"
+
+namespace capstan::parallel {
+namespace {
+
+Tensor summed_product(const TensorCut& cut, const Tensor& y, const nn::Projection& projection) {
+  at::NoGradGuard no_grad;
+  if (cut.overlap) {
+    const Tensor parts = parts_of_tokens(y, cut.group.size()), weight = projection.weight();
+    return ring_reduce(cut.group,
+                       [&](int rank) { return ops::linear_forward(parts[rank], weight, {}); });
+  }
+  const Tensor part = ops::linear_forward(y, projection.weight(), {});
+  if (cut.sequence) return reduce_sequence(cut.group, part);
+  cut.group.all_reduce(part).wait();
+  return part;
+}
+
+struct RowGradients {
+  Tensor grad_BTD;   // of the result, all tokens
+  Tensor input_BTO;  // undefined unless wanted
+};
+RowGradients row_gradients(const TensorCut& cut, const Tensor& grad, const Tensor& weight,
+                           bool wants_input) {
+  if (!cut.overlap) {
+    const Tensor all = cut.sequence ? gather_sequence(cut.group, grad) : grad;
+    return {all, wants_input ? ops::linear_input_gradient(all, weight) : Tensor()};
+  }
+  const auto ranks = static_cast<size_t>(cut.group.size());
+  ops::Tensors grads(ranks), inputs(ranks);
+  ring_gather(cut.group, grad, [&](int rank, const Tensor& part) {
+    grads[static_cast<size_t>(rank)] = part;
+    if (wants_input) inputs[static_cast<size_t>(rank)] = ops::linear_input_gradient(part, weight);
+  });
+  return {at::cat(grads, 1), wants_input ? at::cat(inputs, 1) : Tensor()};
+}
+
+}  // namespace
+
+Tensor row_linear(const TensorCut& cut, const Tensor& y, const nn::Projection& projection) {
+  const bool wants_input_gradient = y.requires_grad();
+  const Tensor sum = ops::record(
+      summed_product(cut, y, projection),
+      {"row",
+       {y},
+       projection.parts,
+       {projection.trainable() ? y : Tensor()},
+       [cut, projection, wants_input_gradient](const ops::Tensors& saved,
+                                               ops::Tensors& grads) -> ops::Tensors {
+         at::NoGradGuard no_grad;
+         const auto all = row_gradients(cut, grads[0], projection.weight(), wants_input_gradient);
+         if (projection.trainable())
+           ops::linear_weight_gradient(projection, all.grad_BTD, saved[0], false);
+         return {all.input_BTO};
+       }});
+  return ops::add_bias(sum, projection);
+}
+
+}  // namespace capstan::parallel

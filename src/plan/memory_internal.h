@@ -1,0 +1,29 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Parts of report_memory. Storage is counted as it is allocated: one tensor per flat buffer for
+// values, master and each moment, one per bucket for gradients.
+#pragma once
+#include "capstan/plan/plan.h"
+#include "plan/saturate_internal.h"
+
+namespace capstan::plan {
+
+[[nodiscard]] inline int64_t stored_bytes(int64_t elements, DType dtype) {
+  return allocation_bytes(saturating_multiply(elements, static_cast<int64_t>(size_of(dtype))));
+}
+
+// What lives as long as the run: values, master, gradients, moments.
+void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layout);
+
+// The largest moment of a step, on top of storage.
+struct StepMoment {
+  int64_t activations = 0, workspace = 0, communication = 0;
+  int64_t values = 0;     // stage 3: weights that are gathered
+  int64_t gradients = 0;  // stages 2 and 3: whole gradients, being collected or summed
+  [[nodiscard]] int64_t total() const {
+    return activations + workspace + communication + values + gradients;
+  }
+};
+[[nodiscard]] StepMoment find_peak(const Plan& plan, const RankLayout& layout, int pipeline_rank);
+
+}  // namespace capstan::plan

@@ -1,0 +1,114 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// What one pass of an expert layer keeps and needs. The attention half, the embedding and the head
+// are llama's. Rows that experts compute are counted as if the load were even: tokens x per_token
+// on every rank, wherever they come from; an expert-parallel rank that gets more keeps more.
+#include <algorithm>
+#include <map>
+
+#include "plan/llama_internal.h"
+#include "plan/moe_internal.h"
+#include "plan/saturate_internal.h"
+
+namespace capstan::plan {
+namespace {
+
+using Part = ActivationTerm::Part;
+
+DType statistics_dtype(DType compute) {
+  return compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
+}
+
+struct Terms {
+  std::vector<ActivationTerm>& list;
+  Part part = Part::kLayer;
+  int phase = 0;
+
+  void add(const char* name, int64_t rows, int64_t width, DType dtype) {
+    const int64_t bytes =
+        saturating_multiply(saturating_multiply(rows, width), static_cast<int64_t>(size_of(dtype)));
+    if (bytes > 0) list.push_back({part, phase, name, allocation_bytes(bytes)});
+  }
+  void release(const char* name, int64_t rows, int64_t width, DType dtype) {
+    const size_t before = list.size();
+    add(name, rows, width, dtype);
+    if (list.size() > before) list.back().bytes = -list.back().bytes;
+  }
+};
+
+void add_saved(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
+  const ExpertShape& e = shape.experts;
+  const DType wide = statistics_dtype(q.compute);
+  t.add("router logits", q.tokens, e.count, wide);
+  t.add("chosen experts", q.tokens, e.per_token, DType::kInt64);
+  t.add("weights of the chosen", q.tokens, e.per_token, wide);
+  t.add("places of the chosen", q.tokens, e.per_token, DType::kInt64);
+  t.add("slots in expert order", rows, 1, DType::kInt64);
+  t.add("tokens in expert order", rows, shape.hidden_size, q.compute);
+  t.add("experts, gate and up", rows, 2 * e.intermediate_size, q.compute);
+  t.add("experts, gate x up", rows, e.intermediate_size, q.compute);
+  t.add("experts, output", rows, shape.hidden_size, q.compute);
+  if (e.shared_intermediate_size == 0) return;
+  t.add("shared expert, gate and up", q.tokens, 2 * e.shared_intermediate_size, q.compute);
+  t.add("shared expert, gate x up", q.tokens, e.shared_intermediate_size, q.compute);
+  if (e.shared_gate) t.add("shared expert, output", q.tokens, shape.hidden_size, q.compute);
+  if (e.shared_gate) t.add("shared expert, gate", q.tokens, 1, q.compute);
+}
+
+// The backward of the experts, from the combination of their outputs back to their inputs.
+void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
+  const int64_t hidden = shape.hidden_size, ffn = shape.experts.intermediate_size;
+  const bool adds_apart = q.compute != q.gradients;
+  const auto begin = [&](int phase) {
+    t.phase = phase;
+    t.add("gradient of the residual", q.tokens, hidden, q.residual);
+    t.release("layer output, free", q.tokens, hidden, q.compute);
+    if (q.compute != q.residual) t.add("gradient of the layer output", q.tokens, hidden, q.compute);
+  };
+  begin(8);
+  t.add("gradient of the experts' output", rows, hidden, q.compute);
+  begin(9);
+  t.release("experts, output, free", rows, hidden, q.compute);
+  t.add("gradient of the experts' output", rows, hidden, q.compute);
+  t.add("experts, gradient of gate x up", rows, ffn, q.compute);
+  if (adds_apart) t.add("gradient of one down, to be added", ffn, hidden, q.compute);
+  begin(10);
+  t.release("experts, output, free", rows, hidden, q.compute);
+  t.release("experts, gate x up, free", rows, ffn, q.compute);
+  t.add("experts, gradient of gate x up", rows, ffn, q.compute);
+  t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
+  begin(11);
+  t.release("experts, output, free", rows, hidden, q.compute);
+  t.release("experts, gate x up, free", rows, ffn, q.compute);
+  t.release("experts, gate and up, free", rows, 2 * ffn, q.compute);
+  t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
+  t.add("gradient of the tokens in expert order", rows, hidden, q.compute);
+  if (adds_apart) t.add("gradient of one gate and up, to be added", 2 * ffn, hidden, q.compute);
+}
+
+}  // namespace
+
+ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQuery& query) {
+  ModelShape rest = shape;
+  rest.intermediate_size = 0;
+  ActivationBytes bytes = llama_activation_bytes(rest, query);
+  const size_t before = bytes.terms.size();
+  const int64_t rows = saturating_multiply(query.tokens, shape.experts.per_token);
+  Terms terms{bytes.terms};
+  add_saved(terms, shape, query, rows);
+  terms.part = Part::kLayerWorkspace;
+  add_workspace(terms, shape, query, rows);
+  std::map<int, int64_t> phases;
+  for (size_t i = before; i < bytes.terms.size(); ++i) {
+    const ActivationTerm& term = bytes.terms[i];
+    if (term.part == Part::kLayer)
+      bytes.saved_per_layer += term.bytes;
+    else
+      phases[term.phase] += term.bytes;
+  }
+  for (const auto& [phase, sum] : phases)
+    bytes.layer_workspace = std::max(bytes.layer_workspace, sum);
+  return bytes;
+}
+
+}  // namespace capstan::plan

@@ -1,0 +1,80 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Experts of the model shape, and their axis of the grid.
+#include <fmt/format.h>
+
+#include "capstan/base/bytes.h"
+#include "plan/resolve_internal.h"
+#include "plan/saturate_internal.h"
+
+namespace capstan::plan {
+namespace {
+
+// The divisors of `count` on both sides of `wanted`.
+std::string nearest_divisors(int64_t count, int64_t wanted) {
+  int64_t below = 1, above = count;
+  for (int64_t d = 1; d <= count; ++d) {
+    if (count % d != 0) continue;
+    if (d <= wanted) below = d;
+    if (d >= wanted) {
+      above = d;
+      break;
+    }
+  }
+  return below == above ? std::to_string(below) : fmt::format("{} or {}", below, above);
+}
+
+// Rules of the recipe keep each size in its range; together they may still be too many.
+void check_expert_size(Draft& draft, const ModelShape& shape) {
+  const ExpertShape& e = shape.experts;
+  const int64_t one = saturating_multiply(3 * e.intermediate_size, shape.hidden_size);
+  const int64_t all =
+      saturating_multiply(saturating_multiply(one, e.count), shape.num_hidden_layers);
+  constexpr int64_t kMost = 1'000'000'000'000'000;
+  if (all > kMost)
+    draft.refuse({"model.experts.count", fmt::format("{:.1e} parameters", static_cast<double>(all)),
+                  "at most 1e15 in all experts", "sizes beyond that cannot be planned", ""});
+}
+
+}  // namespace
+
+void resolve_experts(Draft& draft, ModelShape& shape) {
+  recipe::Experts& from = draft.recipe.model.experts;
+  if (from.count == 0) return;
+  if (!from.intermediate_size) {
+    from.intermediate_size = shape.intermediate_size;
+    draft.choose("model.experts.intermediate_size", std::to_string(shape.intermediate_size),
+                 "model.intermediate_size");
+  }
+  shape.experts = {.count = from.count,
+                   .per_token = from.per_token,
+                   .intermediate_size = *from.intermediate_size,
+                   .shared_intermediate_size = from.shared_intermediate_size,
+                   .shared_gate = from.shared_gate,
+                   .router = from.router,
+                   .normalize_weights = from.normalize_weights,
+                   .groups = from.groups,
+                   .groups_per_token = from.groups_per_token,
+                   .scaling = from.scaling,
+                   .auxiliary_loss = from.auxiliary_loss,
+                   .auxiliary_scope = from.auxiliary_scope,
+                   .z_loss = from.z_loss,
+                   .bias_update_rate = from.bias_update_rate,
+                   .capacity_factor = from.capacity_factor};
+  check_expert_size(draft, shape);
+}
+
+void check_expert_axis(Draft& draft, const ModelShape& shape) {
+  const int64_t ranks = draft.recipe.parallel.expert, count = shape.experts.count;
+  if (ranks == 1) return;
+  if (count == 0)
+    draft.refuse({"parallel.expert", std::to_string(ranks), "1", "the model has no experts",
+                  "Set model.experts.count, or leave the key out"});
+  else if (count % ranks != 0)
+    draft.refuse({"parallel.expert", std::to_string(ranks),
+                  fmt::format("a divisor of model.experts.count {}", count),
+                  "each rank holds as many experts",
+                  fmt::format("Nearest: {}", nearest_divisors(count, ranks))});
+}
+
+}  // namespace capstan::plan

@@ -1,0 +1,281 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Follows the instruction list of a rank as the engine runs it, adds and takes off what each block
+// keeps, gathers and collects, and finds the largest moment.
+#include <algorithm>
+
+#include "capstan/base/bytes.h"
+#include "capstan/plan/passes.h"
+#include "plan/memory_internal.h"
+#include "plan/resolve_internal.h"
+
+namespace capstan::plan {
+namespace {
+
+// What the sum of a bucket over processes needs besides the bucket: pieces as they arrive from all
+// ranks, and the own part of the sum.
+int64_t staging_bytes(int64_t bytes, int ranks) {
+  constexpr int64_t kPiece = 16 * kMiB;
+  if (ranks == 1) return 0;
+  const int64_t piece = std::min(kPiece, bytes);
+  return allocation_bytes(piece) + allocation_bytes(piece / ranks);
+}
+
+class StepWalk {
+ public:
+  StepWalk(const Plan& plan, const RankLayout& layout, int pipeline_rank)
+      : plan_(plan),
+        layout_(layout),
+        pipeline_rank_(pipeline_rank),
+        head_(plan.model().shape.head_block()),
+        stage_(plan.model().layout.options().zero_stage),
+        zero_(plan.resolved.parallel.zero),
+        again_(plan.resolved.parallel.recompute.mode == "block"),
+        bytes_(activation_bytes_of(plan)),
+        passes_(list_passes(
+            plan.schedule, pipeline_rank, layout, plan.model().shape.tie_word_embeddings,
+            zero_.reduce == "micro_batch" ? ReduceWhen::kMicroBatch : ReduceWhen::kStep)),
+        buffers_(layout.buffers.size()),
+        of_block_(static_cast<size_t>(head_) + 1) {
+    const Grid::Sizes& g = plan.grid.sizes();
+    const bool cuts = plan.resolved.parallel.sequence;
+    const int64_t tokens =
+        saturating_multiply(plan.batch.micro_samples, plan.batch.sequence_length / g.cp);
+    const int64_t hidden = plan.model().shape.hidden_size;
+    const int64_t kept = saturating_multiply(cuts ? tokens / g.tp : tokens, hidden);
+    boundary_ = stored_bytes(kept, plan.precision.residual);
+    layer_output_ = stored_bytes(kept, plan.precision.compute);
+    if (cuts) {
+      gathered_input_ = stored_bytes(saturating_multiply(tokens, hidden), plan.precision.compute);
+      gathered_residual_ =
+          stored_bytes(saturating_multiply(tokens, hidden), plan.precision.residual);
+    }
+    list_buffers();
+  }
+
+  StepMoment run() {
+    const auto& list = plan_.schedule.ranks[static_cast<size_t>(pipeline_rank_)];
+    for (const Instruction& i : list) execute(i);
+    visit(0);
+    return peak_;
+  }
+
+ private:
+  struct Buffer {
+    int64_t values = 0, gradients = 0;  // bytes of the whole
+    int64_t shard = 0;                  // bytes of a gradient shard
+    int64_t staging = 0;
+    bool is_whole = false, collects = false, has_sum = false;
+  };
+
+  void list_buffers() {
+    for (size_t b = 0; b < buffers_.size(); ++b) {
+      const FlatBuffer& from = layout_.buffers[b];
+      Buffer& buffer = buffers_[b];
+      buffer.values = stored_bytes(from.numel, plan_.precision.compute);
+      buffer.gradients = stored_bytes(from.numel, plan_.precision.gradients);
+      buffer.shard = stored_bytes(from.shard_numel(), plan_.precision.gradients);
+      of_block_[static_cast<size_t>(from.block)].push_back(b);
+    }
+    const auto element = static_cast<int64_t>(size_of(plan_.precision.gradients));
+    for (const auto& bucket :
+         make_buckets(layout_, plan_.precision.gradients, plan_.bucket_bytes)) {
+      const FlatBuffer& first = layout_.buffers[static_cast<size_t>(bucket.front())];
+      int64_t elements = 0;
+      for (const int b : bucket) elements += layout_.buffers[static_cast<size_t>(b)].numel;
+      // A bucket is summed when the last of its buffers is complete, which is the last one listed.
+      buffers_[static_cast<size_t>(bucket.back())].staging =
+          staging_bytes(saturating_multiply(elements, element),
+                        plan_.grid.size_of(stage_ > 0 ? first.shard_axes : first.sum_axes));
+    }
+    const bool tied = plan_.model().shape.tie_word_embeddings;
+    if (!tied || layout_.blocks.back() != head_) return;
+    const std::vector<size_t> embedding = of_block_.front();  // the head uses its table
+    of_block_.back().insert(of_block_.back().end(), embedding.begin(), embedding.end());
+  }
+
+  void execute(const Instruction& i) {
+    switch (i.op) {
+      case Op::kForward:
+        return forward(i.chunk);
+      case Op::kBackward:
+        return backward(i.chunk, false);
+      case Op::kBackwardInput:
+        return backward(i.chunk, true);
+      case Op::kBackwardWeight:
+        return backward_weights(i.chunk);
+      case Op::kReceiveActivation:
+      case Op::kReceiveGradient:
+        saved_ += boundary_;
+        return visit(0);
+      case Op::kSendGradient:  // the buffer is kept until it has been received
+        visit(0);
+        saved_ -= boundary_;
+        return;
+      case Op::kSendActivation:
+      case Op::kReduce:
+      case Op::kStep:
+        return;
+    }
+  }
+
+  [[nodiscard]] bool is_layer(int block) const { return block > 0 && block < head_; }
+  [[nodiscard]] int stage_of(int chunk) const {
+    return plan_.schedule.stage_of[static_cast<size_t>(pipeline_rank_)][static_cast<size_t>(chunk)];
+  }
+  [[nodiscard]] bool is_remote(int stage) const {
+    return plan_.schedule.rank_of[static_cast<size_t>(stage)] != pipeline_rank_;
+  }
+
+  // What a block keeps from its forward to its backward. Its input from another stage is its
+  // residual, or lies beside it where the block is run again.
+  [[nodiscard]] int64_t kept_by(int chunk, int block) const {
+    const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
+    const int stage = stage_of(chunk);
+    const bool ends = block == blocks.back();
+    if (block == head_) return bytes_.saved_head;
+    if (block == 0) return again_ || ends ? boundary_ : bytes_.saved_embedding;
+    int64_t kept = again_ ? bytes_.block_input : bytes_.saved_per_layer;
+    if (ends) {  // the sum of both streams leaves instead
+      kept -= again_ ? bytes_.block_input : layer_output_;
+      if (is_remote(stage + 1) || again_) kept += boundary_;
+    }
+    if (again_ && block == blocks.front() && is_remote(stage - 1)) kept += boundary_;
+    return kept;
+  }
+
+  void gather(int block) {
+    if (stage_ < 3) return;
+    for (const size_t b : of_block_[static_cast<size_t>(block)]) {
+      if (!buffers_[b].is_whole) values_ += buffers_[b].values;
+      buffers_[b].is_whole = true;
+    }
+  }
+  void close(int block) {
+    if (stage_ < 3 || !zero_.reshard_after_forward) return;
+    for (const size_t b : of_block_[static_cast<size_t>(block)]) {
+      if (buffers_[b].is_whole) values_ -= buffers_[b].values;
+      buffers_[b].is_whole = false;
+    }
+  }
+  void prefetch(const std::vector<int>& blocks, size_t position, int direction) {
+    if (stage_ < 3) return;
+    for (int64_t ahead = 1; ahead <= zero_.prefetch; ++ahead) {
+      const int64_t next = static_cast<int64_t>(position) + direction * ahead;
+      if (next < 0 || next >= static_cast<int64_t>(blocks.size())) return;
+      if (direction < 0 && blocks[static_cast<size_t>(next)] == 0) return;
+      gather(blocks[static_cast<size_t>(next)]);
+    }
+  }
+  // Gradients of a block are made: stages 2 and 3 collect them in memory of their own.
+  void collect(int block) {
+    if (stage_ < 2) return;
+    for (const size_t b : of_block_[static_cast<size_t>(block)]) {
+      Buffer& buffer = buffers_[b];
+      if (!layout_.buffers[b].trainable || buffer.collects) continue;
+      buffer.collects = true;
+      gradients_ += buffer.gradients;
+    }
+  }
+
+  void forward(int chunk) {
+    const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
+    const int stage = stage_of(chunk);
+    if (stage > 0 && is_remote(stage - 1)) saved_ -= boundary_;  // counted by the first block
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const int block = blocks[i];
+      gather(block);
+      prefetch(blocks, i, +1);
+      saved_ += kept_by(chunk, block);
+      if (block == head_) collect(block);  // the head makes its gradients at once
+      visit(block == head_ ? bytes_.head_workspace : 0);
+      close(block);
+    }
+  }
+
+  void backward(int chunk, bool defer_weights) {
+    const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
+    const int stage = stage_of(chunk);
+    if (stage + 1 < plan_.schedule.stages) saved_ -= boundary_;  // counted as workspace
+    for (size_t i = blocks.size(); i-- > 0;) {
+      const int block = blocks[i];
+      if (block > 0) gather(block);
+      if (!defer_weights) collect(block);
+      const int64_t kept = kept_by(chunk, block);
+      if (is_layer(block)) visit_layer(kept);
+      if (block == 0) visit(boundary_ + gathered_residual_);
+      saved_ -= kept;
+      if (defer_weights) saved_ += put_off(block);
+      if (block > 0) close(block);
+      prefetch(blocks, i, -1);
+      if (!defer_weights) pass_done();
+    }
+    if (stage > 0) saved_ += boundary_;  // the gradient of its input
+  }
+
+  void visit_layer(int64_t kept) {
+    const int64_t before = saved_;
+    if (again_) saved_ += bytes_.saved_per_layer - kept;
+    visit(bytes_.layer_workspace);
+    saved_ = before;
+  }
+
+  // Held by the weight half of a backward.
+  [[nodiscard]] int64_t put_off(int block) const {
+    if (is_layer(block)) return bytes_.weight_work;
+    return block == 0 ? std::max(boundary_, gathered_residual_) : 0;
+  }
+
+  void backward_weights(int chunk) {
+    const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
+    for (const int block : blocks) collect(block);
+    visit(gathered_input_);
+    for (const int block : blocks) saved_ -= put_off(block);
+    for (size_t i = 0; i < blocks.size(); ++i) pass_done();
+  }
+
+  // One whole gradient may wait for its sum while the next one is collected.
+  void pass_done() {
+    const GradientPass& pass = passes_.at(next_pass_++);
+    for (const int b : pass.complete) {
+      Buffer& buffer = buffers_[static_cast<size_t>(b)];
+      staging_ = std::max(staging_, buffer.staging);
+      if (stage_ < 2) continue;
+      collect(layout_.buffers[static_cast<size_t>(b)].block);
+      const int64_t target = std::exchange(buffer.has_sum, true) ? buffer.shard : 0;
+      gradients_ += target;
+      visit(0);
+      buffer.collects = false;
+      gradients_ -= std::exchange(pending_, buffer.gradients + target);
+    }
+  }
+
+  void visit(int64_t workspace) {
+    const StepMoment now{std::min(saved_, kSaturated), workspace, staging_, values_, gradients_};
+    if (now.total() > peak_.total()) peak_ = now;
+  }
+
+  const Plan& plan_;
+  const RankLayout& layout_;
+  int pipeline_rank_, head_, stage_;
+  const recipe::Zero& zero_;
+  bool again_;
+  ActivationBytes bytes_;
+  std::vector<GradientPass> passes_;
+  std::vector<Buffer> buffers_;
+  std::vector<std::vector<size_t>> of_block_;
+  int64_t boundary_ = 0, layer_output_ = 0;             // between stages; between layers
+  int64_t gathered_input_ = 0, gathered_residual_ = 0;  // 0 unless rows are cut
+  int64_t saved_ = 0, values_ = 0, gradients_ = 0;      // now
+  int64_t staging_ = 0, pending_ = 0;
+  size_t next_pass_ = 0;
+  StepMoment peak_;
+};
+
+}  // namespace
+
+StepMoment find_peak(const Plan& plan, const RankLayout& layout, int pipeline_rank) {
+  return StepWalk(plan, layout, pipeline_rank).run();
+}
+
+}  // namespace capstan::plan

@@ -1,0 +1,40 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "plan/memory_internal.h"
+
+namespace capstan::plan {
+namespace {
+
+int64_t bucket_bytes_of(const Plan& plan, const RankLayout& layout) {
+  int64_t bytes = 0;
+  for (const auto& bucket : make_buckets(layout, plan.precision.gradients, plan.bucket_bytes)) {
+    int64_t elements = 0;
+    for (const int i : bucket) elements += layout.buffers[static_cast<size_t>(i)].numel;
+    bytes += stored_bytes(elements, plan.precision.gradients);
+  }
+  return bytes;
+}
+
+}  // namespace
+
+void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layout) {
+  const int stage = plan.model().layout.options().zero_stage;
+  const PrecisionPlan& precision = plan.precision;
+  const bool offloads = plan.resolved.parallel.zero.offload != "none";
+  // Values are the master where nothing differs.
+  const bool own_master = precision.compute != precision.master || offloads;
+  if (stage == 0) memory.gradients += bucket_bytes_of(plan, layout);
+  for (const FlatBuffer& buffer : layout.buffers) {
+    const int64_t shard = buffer.shard_numel();
+    memory.parameters += stored_bytes(stage == 3 ? shard : buffer.numel, precision.compute);
+    if (own_master) memory.master += stored_bytes(shard, precision.master);
+    if (!buffer.trainable) continue;
+    if (stage > 0)
+      memory.gradients += stored_bytes(stage == 1 ? buffer.numel : shard, precision.gradients);
+    if (offloads)
+      memory.gradients += stored_bytes(shard, precision.gradients);  // for the optimizer
+    memory.optimizer += 2 * stored_bytes(shard, precision.master);
+  }
+}
+
+}  // namespace capstan::plan

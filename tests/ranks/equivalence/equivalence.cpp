@@ -1,0 +1,139 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "ranks/equivalence/equivalence.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "capstan/base/error.h"
+#include "capstan/comm/threads.h"
+#include "ranks/engine_fixture.h"
+#include "support/run_ranks.h"
+
+namespace capstan::test {
+namespace {
+
+using engine::Engine;
+
+double relative(double a, double b) {
+  const double error = std::fabs(a - b) / std::max(1e-3, std::fabs(b));
+  return std::isnan(error) ? INFINITY : error;
+}
+
+at::Tensor part_of(const at::Tensor& whole, const plan::Box& box) {
+  at::Tensor part = whole;
+  for (size_t d = 0; d < box.begin.size(); ++d)
+    part = part.narrow(static_cast<int64_t>(d), box.begin[d], box.extent[d]);
+  return part.reshape({-1});
+}
+
+// One rank's entries against the reference.
+void compare_state(Engine& engine, const ReferenceRun& reference, Comparison& result) {
+  for (const auto& entry : engine.state_entries()) {
+    const std::string key = entry.kind + "/" + entry.name;
+    const at::Tensor& whole = reference.state.at(key);
+    const double scale = std::max(1e-3, whole.abs().max().item<double>());
+    const double error = entry.tensor.to(at::kDouble)
+                             .sub(part_of(whole, entry.box).to(at::kDouble))
+                             .abs()
+                             .max()
+                             .item<double>() /
+                         scale;
+    if (error <= result.state) continue;
+    result.state = std::isnan(error) ? INFINITY : error;
+    result.worst = key;
+  }
+}
+
+std::vector<engine::MicroBatch> batches_of(const Engine& engine, int rank, int64_t step) {
+  return engine::testing::make_batches(engine.plan(), engine.plan().grid.data_parallel_index(rank),
+                                       step);
+}
+
+double evaluate(Engine& engine, int rank) {
+  for (const auto& batch : batches_of(engine, rank, 1000)) engine.evaluate(batch);
+  return engine.report_eval().loss();
+}
+
+}  // namespace
+
+double Comparison::error() const {
+  if (!failure.empty()) return INFINITY;
+  return std::max({loss, norm, eval, state});
+}
+
+double state_error(Engine& engine, const ReferenceRun& reference) {
+  Comparison result;
+  compare_state(engine, reference, result);
+  return result.state;
+}
+
+ReferenceRun run_reference(const LayoutCase& layout, int steps) {
+  ReferenceRun run;
+  const plan::Plan plan = make_case_plan(layout.one_rank());
+  run_ranks(1, [&](comm::Communicator world) {
+    mesh::Mesh mesh(world, plan.grid);
+    Engine engine(plan, mesh);
+    const auto objective = engine::make_next_token_objective();
+    for (int step = 0; step < steps; ++step)
+      run.reports.push_back(engine.step(batches_of(engine, 0, step), *objective));
+    run.eval_loss = evaluate(engine, 0);
+    for (const auto& entry : engine.state_entries())
+      run.state[entry.kind + "/" + entry.name] = entry.tensor.clone().view(entry.global_shape);
+  });
+  return run;
+}
+
+Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference, int steps) {
+  Comparison result;
+  const plan::Plan plan = make_case_plan(layout);
+  std::mutex mutex;
+  const auto on_rank = [&](comm::Communicator world) {
+    const int rank = world.rank();
+    mesh::Mesh mesh(world, plan.grid);
+    Engine engine(plan, mesh);
+    const auto objective = engine::make_next_token_objective();
+    std::vector<engine::StepReport> reports;
+    for (int step = 0; step < steps; ++step)
+      reports.push_back(engine.step(batches_of(engine, rank, step), *objective));
+    const double eval = evaluate(engine, rank);
+    const std::string hash = engine.weights_hash();
+    const std::lock_guard lock(mutex);
+    for (size_t i = 0; i < reports.size(); ++i) {
+      result.loss = std::max(result.loss, relative(reports[i].loss, reference.reports[i].loss));
+      result.norm =
+          std::max(result.norm, relative(reports[i].grad_norm, reference.reports[i].grad_norm));
+    }
+    result.eval = std::max(result.eval, relative(eval, reference.eval_loss));
+    result.hash = hash;
+    compare_state(engine, reference, result);
+  };
+  try {
+    run_ranks(layout.ranks(), on_rank, 60);
+  } catch (const std::exception& e) {
+    result.failure = e.what();
+  }
+  return result;
+}
+
+std::vector<std::string> trace_of_first_step(const LayoutCase& layout) {
+  std::vector<std::string> events;
+  const plan::Plan plan = make_case_plan(layout);
+  run_ranks(layout.ranks(), [&](comm::Communicator world) {
+    const int rank = world.rank();
+    mesh::Mesh mesh(world, plan.grid);
+    engine::EngineHooks hooks;
+    if (rank == 0)
+      hooks.trace = [&](const char* what, int index) {
+        events.push_back(std::string(what) + " " + std::to_string(index));
+      };
+    Engine engine(plan, mesh, {.hooks = hooks});
+    (void)engine.step(batches_of(engine, rank, 0), *engine::make_next_token_objective());
+  });
+  return events;
+}
+
+}  // namespace capstan::test

@@ -1,0 +1,42 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Runs a layout on rank threads and compares it with the one-rank run of the same recipe: losses,
+// gradient norms, every element of every parameter and of the optimizer's state on every rank.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "capstan/engine/engine.h"
+#include "ranks/equivalence/layout_case.h"
+
+namespace capstan::test {
+
+struct ReferenceRun {
+  std::vector<engine::StepReport> reports;
+  double eval_loss = 0;
+  std::map<std::string, at::Tensor> state;  // "kind/name" -> whole tensor
+};
+
+struct Comparison {
+  double loss = 0, norm = 0, eval = 0;  // largest relative error
+  double state = 0;                     // over tensors: max |a - b| / max(|b|max, 1e-3)
+  std::string worst;                    // tensor of the largest state error
+  std::string failure;                  // what a rank threw
+  std::string hash;                     // of all weights
+  std::string ledger;  // how traffic differs from the plan's; empty when it does not
+  [[nodiscard]] double error() const;
+};
+
+// Largest error of what a rank holds.
+[[nodiscard]] double state_error(engine::Engine& engine, const ReferenceRun& reference);
+[[nodiscard]] ReferenceRun run_reference(const LayoutCase& layout, int steps);
+[[nodiscard]] Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference,
+                                        int steps);
+
+// What rank 0 does in one step: "forward 3", "gather 4", "backward 3", "reduce 0".
+[[nodiscard]] std::vector<std::string> trace_of_first_step(const LayoutCase& layout);
+
+}  // namespace capstan::test

@@ -1,0 +1,116 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// The traffic that the plan predicts is the traffic of a step, call by call and byte by byte, on
+// every rank of random layouts. CAPSTAN_LEDGERS sets the number of cases, CAPSTAN_LAYOUT_SEED the
+// seed.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <set>
+
+#include "capstan/base/text.h"
+#include "capstan/engine/engine.h"
+#include "capstan/recipe/load.h"
+#include "ranks/engine_fixture.h"
+#include "ranks/equivalence/layout_case.h"
+#include "support/run_ranks.h"
+
+namespace capstan::test {
+namespace {
+
+using Table = comm::Ledger::Table;
+
+uint64_t number_from(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text ? std::stoull(text) : otherwise;
+}
+
+Table table_of(const plan::Traffic& traffic) {
+  Table table;
+  for (const auto& [key, entry] : traffic) table[key] = {entry.calls, entry.bytes};
+  return table;
+}
+
+Table without_control(Table table) {
+  std::erase_if(table, [](const auto& entry) { return entry.first.starts_with("control/"); });
+  return table;
+}
+
+// "tp/all_reduce: predicted 2 calls, 512 bytes; counted 3 calls, 768 bytes"; empty when equal.
+std::string first_difference(const Table& predicted, const Table& counted) {
+  std::set<std::string> keys;
+  for (const auto& [key, traffic] : predicted) keys.insert(key);
+  for (const auto& [key, traffic] : counted) keys.insert(key);
+  const auto find = [](const Table& table, const std::string& key) {
+    const auto found = table.find(key);
+    return found == table.end() ? comm::Traffic{} : found->second;
+  };
+  for (const std::string& key : keys) {
+    const comm::Traffic p = find(predicted, key), c = find(counted, key);
+    if (p != c)
+      return fmt::format("{}: predicted {} calls, {} bytes; counted {} calls, {} bytes", key,
+                         p.calls, p.bytes, c.calls, c.bytes);
+  }
+  return {};
+}
+
+struct Compared {
+  std::string difference;  // of the first rank that has one
+  std::set<std::string> keys;
+  int ranks = 0;
+};
+
+// One step on thread ranks.
+Compared compare_ledgers(const plan::Plan& plan) {
+  Compared result;
+  std::mutex mutex;
+  run_ranks(plan.grid.size(), [&](comm::Communicator world) {
+    const int rank = world.rank();
+    mesh::Mesh mesh(world, plan.grid);
+    engine::Engine engine(plan, mesh);
+    const auto objective = engine::make_next_token_objective();
+    const auto batches =
+        engine::testing::make_batches(plan, plan.grid.data_parallel_index(rank), 0);
+    world.ledger().reset();
+    (void)engine.step(batches, *objective);
+    const Table counted = without_control(world.ledger().table());
+    const std::string difference =
+        first_difference(table_of(plan::predict_traffic(plan, rank)), counted);
+    const std::lock_guard lock(mutex);
+    for (const auto& [key, traffic] : counted) result.keys.insert(key);
+    if (!difference.empty() && result.difference.empty())
+      result.difference = fmt::format("rank {}, {}", rank, difference);
+    ++result.ranks;
+  });
+  return result;
+}
+
+TEST(Ledger, RandomLayouts_SendWhatThePlanPredicts) {
+  const auto count = static_cast<size_t>(number_from("CAPSTAN_LEDGERS", 120));
+  std::vector<LayoutCase> cases =
+      draw_cases(number_from("CAPSTAN_LAYOUT_SEED", 21), static_cast<int>(count));
+  cases.resize(std::min(cases.size(), count));
+  std::set<std::string> keys;
+  int ranks = 0, failed = 0;
+  for (const LayoutCase& layout : cases) {
+    const Compared result = compare_ledgers(make_case_plan(layout));
+    keys.insert(result.keys.begin(), result.keys.end());
+    ranks += result.ranks;
+    if (result.difference.empty()) continue;
+    ADD_FAILURE() << layout.describe() << "\n  " << result.difference
+                  << "\n  reproduce: " << layout.ranks() << " ranks, --set "
+                  << join(layout.overrides(), " --set ");
+    if (++failed == 10) break;
+  }
+  fmt::print("{} layouts, {} ranks: {}\n", cases.size(), ranks,
+             join(std::vector<std::string>(keys.begin(), keys.end()), ", "));
+  for (const char* key : {"pp/send", "pp/recv", "tp/all_reduce", "tp/all_gather",
+                          "tp/reduce_scatter", "cp/send", "cp/all_to_all", "dp_shard+cp/all_gather",
+                          "dp_shard+cp/reduce_scatter", "dp_replicate+dp_shard+cp/all_reduce"})
+    EXPECT_TRUE(keys.contains(key) || count < 100) << key << " is in no case";
+}
+
+}  // namespace
+}  // namespace capstan::test
