@@ -184,9 +184,9 @@ void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const int64_t chunk = head_chunk_tokens(w.vocab, q.tokens);
   t.per_kept(Part::kHead, "residual at the last norm", w.hidden, q.residual);
   t.per_kept(Part::kHead, "last norm, scale", 1, statistics);
-  t.per_kept(Part::kHead, "last norm, output", w.hidden, q.compute);
   t.per_kept(Part::kHead, "gradient made in the forward", w.hidden, q.compute);
   t.per_token(Part::kHead, "token scores and weights", 4, statistics);
+  t.per_kept(Part::kHeadWorkspace, "last norm, output", w.hidden, q.compute);
   t.add(Part::kHeadWorkspace, "logits of one chunk", saturating_multiply(chunk, w.vocab),
         q.compute);
   if (t.cuts_sequence()) {

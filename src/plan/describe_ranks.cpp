@@ -3,6 +3,7 @@
 // The part of the page that compares pipeline ranks.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <set>
 
 #include "capstan/base/bytes.h"

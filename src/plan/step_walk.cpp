@@ -3,6 +3,7 @@
 // Follows the instruction list of a rank as the engine runs it, adds and takes off what each block
 // keeps, gathers and collects, and finds the largest moment.
 #include <algorithm>
+#include <utility>
 
 #include "capstan/base/bytes.h"
 #include "capstan/plan/passes.h"
@@ -165,7 +166,13 @@ class StepWalk {
       if (next < 0 || next >= static_cast<int64_t>(blocks.size())) return;
       if (direction < 0 && blocks[static_cast<size_t>(next)] == 0) return;
       gather(blocks[static_cast<size_t>(next)]);
+      if (zero_.offload == "all") come_back(blocks[static_cast<size_t>(next)]);
     }
+  }
+  // The shards of an offloaded block on the device, until they have been gathered.
+  void come_back(int block) {
+    for (const size_t b : of_block_[static_cast<size_t>(block)])
+      arriving_ += stored_bytes(layout_.buffers[b].shard_numel(), plan_.precision.compute);
   }
   // Gradients of a block are made: stages 2 and 3 collect them in memory of their own.
   void collect(int block) {
@@ -184,6 +191,7 @@ class StepWalk {
     if (stage > 0 && is_remote(stage - 1)) saved_ -= boundary_;  // counted by the first block
     for (size_t i = 0; i < blocks.size(); ++i) {
       const int block = blocks[i];
+      arriving_ = 0;
       gather(block);
       prefetch(blocks, i, +1);
       saved_ += kept_by(chunk, block);
@@ -199,6 +207,7 @@ class StepWalk {
     if (stage + 1 < plan_.schedule.stages) saved_ -= boundary_;  // counted as workspace
     for (size_t i = blocks.size(); i-- > 0;) {
       const int block = blocks[i];
+      arriving_ = 0;
       if (block > 0) gather(block);
       if (!defer_weights) collect(block);
       const int64_t kept = kept_by(chunk, block);
@@ -251,7 +260,8 @@ class StepWalk {
   }
 
   void visit(int64_t workspace) {
-    const StepMoment now{std::min(saved_, kSaturated), workspace, staging_, values_, gradients_};
+    const StepMoment now{std::min(saved_, kSaturated), workspace, staging_, values_ + arriving_,
+                         gradients_};
     if (now.total() > peak_.total()) peak_ = now;
   }
 
@@ -267,7 +277,7 @@ class StepWalk {
   int64_t boundary_ = 0, layer_output_ = 0;             // between stages; between layers
   int64_t gathered_input_ = 0, gathered_residual_ = 0;  // 0 unless rows are cut
   int64_t saved_ = 0, values_ = 0, gradients_ = 0;      // now
-  int64_t staging_ = 0, pending_ = 0;
+  int64_t staging_ = 0, pending_ = 0, arriving_ = 0;
   size_t next_pass_ = 0;
   StepMoment peak_;
 };

@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one rank sends in a training step: transfers between stages, gradient sums and gathers of
 // weights. What blocks exchange among themselves is in traffic_blocks.cpp.
+#include <algorithm>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "capstan/plan/passes.h"

@@ -76,7 +76,7 @@ class PredictedMemory : public testing::Test {
     const auto objective = engine::make_next_token_objective();
     for (int step = 0; step < steps; ++step) (void)engine.step(make_batches(plan), *objective);
     const int64_t counted = device::stats(0).peak_bytes - before, predicted = plan.memory.peak();
-    const int64_t bar = std::max<int64_t>(predicted / 10, 16 << 20);
+    const int64_t bar = std::max<int64_t>(predicted / 20, 8 << 20);
     EXPECT_LE(std::abs(counted - predicted), bar)
         << "counted " << counted << ", predicted " << predicted;
     std::printf("predicted %.1f MiB, counted %.1f MiB\n", static_cast<double>(predicted) / 1048576,
@@ -151,9 +151,9 @@ TEST_P(PredictedLayoutMemory, OnEveryRank) {
         device::reset_peak(rank);
         {
           mesh::Mesh mesh(world, plan.grid);
-          engine::Engine engine(plan, mesh);
+          engine::Engine engine(plan, mesh, {.initializes = false});
           const auto objective = engine::make_next_token_objective();
-          for (int step = 0; step < 2; ++step) (void)engine.step(batches, *objective);
+          (void)engine.step(batches, *objective);
         }
         const plan::MemoryReport m = plan::report_memory(plan, rank);
         const int64_t counted = device::stats(rank).peak_bytes - before,
@@ -175,10 +175,10 @@ TEST_P(PredictedLayoutMemory, OnEveryRank) {
 
 // Few wide layers for storage, many tokens in narrow ones for activations.
 const std::string kWide =
-    "vocab_size: 8192, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 4, "
+    "vocab_size: 8192, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 2, "
     "num_attention_heads: 8, num_key_value_heads: 2";
 const std::string kNarrow =
-    "vocab_size: 1024, hidden_size: 256, intermediate_size: 704, num_hidden_layers: 8, "
+    "vocab_size: 512, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
 
 INSTANTIATE_TEST_SUITE_P(
@@ -187,28 +187,28 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"tensor", 2, kWide,
                      "global_samples: 2, micro_samples: 2, sequence_length: 256", "tensor: 2"},
         LayoutRecipe{"tensor_sequence", 2, kNarrow,
-                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "tensor: 2, sequence: true"},
         LayoutRecipe{"one_forward_one_backward", 2, kNarrow,
-                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "global_samples: 112, micro_samples: 28, sequence_length: 256",
                      "pipeline: {size: 2, schedule: 1f1b}"},
         LayoutRecipe{"gpipe_recompute", 2, kNarrow,
-                     "global_samples: 48, micro_samples: 4, sequence_length: 512",
+                     "global_samples: 216, micro_samples: 18, sequence_length: 256",
                      "pipeline: {size: 2, schedule: gpipe}, recompute: {mode: block}"},
         LayoutRecipe{"interleaved", 2, kNarrow,
-                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "global_samples: 80, micro_samples: 20, sequence_length: 256",
                      "pipeline: {size: 2, schedule: interleaved, chunks: 2}"},
         LayoutRecipe{"zero_bubble", 2, kNarrow,
-                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "global_samples: 64, micro_samples: 16, sequence_length: 256",
                      "pipeline: {size: 2, schedule: zero_bubble}"},
         LayoutRecipe{"zero_bubble_v", 2, kNarrow,
-                     "global_samples: 16, micro_samples: 4, sequence_length: 512",
+                     "global_samples: 64, micro_samples: 16, sequence_length: 256",
                      "pipeline: {size: 2, schedule: zero_bubble, chunks: 2}"},
         LayoutRecipe{"ring", 2, kNarrow,
-                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "context: {size: 2}"},
         LayoutRecipe{"all_to_all", 2, kNarrow,
-                     "global_samples: 8, micro_samples: 8, sequence_length: 512",
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "context: {size: 2, method: all_to_all}"},
         LayoutRecipe{"zero_1_offload", 4, kWide,
                      "global_samples: 4, micro_samples: 1, sequence_length: 64",
@@ -218,7 +218,7 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"zero_3", 2, kWide, "global_samples: 8, micro_samples: 2, sequence_length: 64",
                      "zero: {stage: 3}"},
         LayoutRecipe{"zero_3_kept_bf16", 2, kWide,
-                     "global_samples: 4, micro_samples: 2, sequence_length: 64",
+                     "global_samples: 2, micro_samples: 1, sequence_length: 32",
                      "zero: {stage: 3, reshard_after_forward: false, prefetch: 2}", "bf16"},
         LayoutRecipe{"hybrid_offload_all", 4, kWide,
                      "global_samples: 4, micro_samples: 1, sequence_length: 64",

@@ -12,7 +12,6 @@
 
 #include "capstan/base/text.h"
 #include "capstan/engine/engine.h"
-#include "capstan/recipe/load.h"
 #include "ranks/engine_fixture.h"
 #include "ranks/equivalence/layout_case.h"
 #include "support/run_ranks.h"
@@ -49,7 +48,9 @@ std::string first_difference(const Table& predicted, const Table& counted) {
   };
   for (const std::string& key : keys) {
     const comm::Traffic p = find(predicted, key), c = find(counted, key);
-    if (p != c)
+    // Routing without capacity decides the bytes of this exchange; its calls are exact.
+    const bool is_routed = key.ends_with("/all_to_all_v");
+    if (is_routed ? p.calls != c.calls : p != c)
       return fmt::format("{}: predicted {} calls, {} bytes; counted {} calls, {} bytes", key,
                          p.calls, p.bytes, c.calls, c.bytes);
   }
@@ -110,6 +111,48 @@ TEST(Ledger, RandomLayouts_SendWhatThePlanPredicts) {
                           "tp/reduce_scatter", "cp/send", "cp/all_to_all", "dp_shard+cp/all_gather",
                           "dp_shard+cp/reduce_scatter", "dp_replicate+dp_shard+cp/all_reduce"})
     EXPECT_TRUE(keys.contains(key) || count < 100) << key << " is in no case";
+}
+
+// What the generator leaves out: narrow types, several chunks of the head, deep prefetch, frozen
+// blocks.
+struct OddCase {
+  const char* name;
+  engine::testing::TinyRun run;
+};
+
+TEST(Ledger, OddLayouts_SendWhatThePlanPredicts) {
+  const std::string bf16 = "precision.compute=bf16";
+  const std::vector<std::string> zero_3 = {"parallel.zero.stage=3", "parallel.zero.prefetch=3",
+                                           "model.num_hidden_layers=4"};
+  const std::vector<std::string> cut = {"parallel.tensor=2", "parallel.sequence=true",
+                                        "batch.sequence_length=16", "parallel.context.size=2"};
+  const auto with = [](std::vector<std::string> list, const std::vector<std::string>& more) {
+    list.insert(list.end(), more.begin(), more.end());
+    return list;
+  };
+  const OddCase cases[] = {
+      {"bf16, tensor, sequence and context", {.ranks = 4, .overrides = with(cut, {bf16})}},
+      {"bf16 pipeline", {.ranks = 2, .overrides = {bf16, "parallel.pipeline.size=2"}}},
+      {"bf16 ZeRO 2", {.ranks = 2, .overrides = {bf16, "parallel.zero.stage=2"}}},
+      {"three chunks of the head",
+       {.ranks = 2,
+        .overrides = {"parallel.tensor=2", "batch.sequence_length=300", "model.vocab_size=40000"}}},
+      {"prefetch 3", {.ranks = 2, .overrides = zero_3}},
+      {"prefetch 0", {.ranks = 2, .overrides = with(zero_3, {"parallel.zero.prefetch=0"})}},
+      {"frozen middle", {.ranks = 2, .overrides = zero_3, .frozen_blocks = {2, 3}}},
+      {"frozen front under tensor parallel",
+       {.ranks = 4, .overrides = cut, .frozen_blocks = {0, 1}}},
+      {"frozen all but the head",
+       {.ranks = 2,
+        .overrides = {"parallel.tensor=2", "model.tie_word_embeddings=false"},
+        .frozen_blocks = {0, 1, 2}}},
+      {"large buckets",
+       {.ranks = 4,
+        .overrides = {"parallel.tensor=2", "parallel.sequence=true"},
+        .bucket_bytes = 1 << 20}},
+  };
+  for (const OddCase& odd : cases)
+    EXPECT_EQ(compare_ledgers(engine::testing::make_tiny_plan(odd.run)).difference, "") << odd.name;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "capstan/base/bytes.h"
+#include "plan/resolve_internal.h"
 #include "recipes.h"
 
 namespace capstan::plan {
@@ -106,6 +107,101 @@ TEST(Memory, PeakIsTheLargestMomentOfTheStep) {
   EXPECT_EQ(early.communication,
             allocation_bytes(kEmbedding * 4 + 1024) + allocation_bytes(kEmbedding * 2 + 512));
   EXPECT_LT(early.workspace, 256 * 8192 * 4);  // the moment is a layer's, not the head's
+}
+
+TEST(Memory, EarlyStagesHoldMoreInFlight) {
+  const Plan plan =
+      plan_of(resolved({"parallel.pipeline.size=4", "batch.global_samples=64",
+                        "parallel.pipeline.split=[1, 1, 1, 1]",
+                        "parallel.pipeline.schedule=1f1b", "model.tie_word_embeddings=false"}),
+              machine(4));
+  const int64_t layer = activation_bytes_of(plan).saved_per_layer;
+  for (const int rank : {0, 1, 2}) {
+    const MemoryReport m = report_memory(plan, rank);
+    EXPECT_EQ(m.rank, rank);
+    EXPECT_GE(m.activations, (4 - rank) * layer) << rank;
+    EXPECT_LT(m.activations, (5 - rank) * layer) << rank;
+  }
+  // The stage of the head holds one micro-batch.
+  EXPECT_LT(report_memory(plan, 3).activations, 2 * layer);
+}
+
+TEST(Memory, WeightHalvesHoldWhatTheyMultiply) {
+  const auto peak = [](const char* schedule) {
+    return plan_of(resolved({"parallel.pipeline.size=2", "batch.global_samples=32",
+                             std::string("parallel.pipeline.schedule=") + schedule}),
+                   machine(2))
+        .memory.peak();
+  };
+  EXPECT_GT(peak("gpipe"), peak("1f1b"));
+  EXPECT_GE(peak("zero_bubble"), peak("1f1b"));
+  EXPECT_LT(peak("zero_bubble"), peak("gpipe"));
+}
+
+TEST(Memory, CutsFollowTheAxes) {
+  const auto activations = [](const std::vector<std::string>& overrides, int ranks) {
+    const Plan plan = plan_of(resolved(overrides), machine(ranks));
+    return static_cast<double>(activation_bytes_of(plan).saved_per_layer);
+  };
+  const double whole = activations({}, 1);
+  // Split features are halved, the residual stream (5 x 256 of 4,166 features) is not.
+  EXPECT_NEAR(activations({"parallel.tensor=2"}, 2) / whole, 0.5 * (1 + 1282.0 / 4166), 0.01);
+  EXPECT_NEAR(activations({"parallel.tensor=2", "parallel.sequence=true"}, 2) / whole, 0.5, 0.01);
+  EXPECT_NEAR(activations({"parallel.context.size=2"}, 2) / whole, 0.5, 0.01);
+}
+
+TEST(Memory, RecomputeKeepsTheInputsOfLayers) {
+  const auto memory = [](const std::vector<std::string>& overrides) {
+    return plan_of(resolved(overrides), machine(1)).memory;
+  };
+  const std::vector<std::string> deep = {"model.num_hidden_layers=16", "model.vocab_size=8192"};
+  const int64_t all = memory(deep).activations;
+  const int64_t inputs = memory({deep[0], deep[1], "parallel.recompute.mode=block"}).activations;
+  EXPECT_LT(inputs, all / 4);
+  EXPECT_GE(inputs, 15 * 2 * 1024 * 256 * 4);
+}
+
+TEST(Memory, OffloadKeepsItsOwnMasterAndGradient) {
+  const MemoryReport here = plan_of(resolved({"parallel.zero.stage=3"}), machine(2)).memory;
+  const MemoryReport away =
+      plan_of(resolved({"parallel.zero.stage=3", "parallel.zero.offload=all"}), machine(2)).memory;
+  EXPECT_EQ(here.master, 0);
+  // Half of the model each, as large as its allocations.
+  for (const int64_t bytes : {away.master, away.gradients - here.gradients}) {
+    EXPECT_GE(bytes, kParameters * 4 / 2);
+    EXPECT_LE(bytes, kParameters * 4 / 2 * 21 / 20);
+  }
+}
+
+// Llama 405B on 512 ranks: tensor 8 x pipeline 16 x data 4.
+TEST(Memory, LargeWorldsArePlannedRankByRank) {
+  Topology world = machine(512);
+  world.local_size = 8;
+  world.memory_bytes = 0;
+  const Plan plan =
+      make_plan(resolved({"model.hidden_size=16384", "model.intermediate_size=53248",
+                          "model.num_hidden_layers=126", "model.num_attention_heads=128",
+                          "model.num_key_value_heads=8", "model.vocab_size=128256",
+                          "model.tie_word_embeddings=false", "precision.compute=bf16",
+                          "precision.residual=bf16", "batch.sequence_length=8192",
+                          "batch.global_samples=512", "batch.micro_samples=1", "parallel.tensor=8",
+                          "parallel.sequence=true", "parallel.pipeline.size=16",
+                          "parallel.pipeline.schedule=1f1b", "parallel.zero.stage=1"}),
+                world, {});
+  EXPECT_EQ(plan.model().parameters, 405'853'388'800);
+  EXPECT_EQ(plan.grid.data_parallel_size(), 4);
+  double elements = 0;
+  for (int pp = 0; pp < 16; ++pp) {
+    const int rank = plan.grid.rank_of({.pp = pp});
+    const MemoryReport m = report_memory(plan, rank);
+    elements += static_cast<double>(m.optimizer) / 8;  // a quarter of two moments in fp32
+    EXPECT_LT(m.peak(), int64_t{1} << 37) << rank;
+  }
+  // 8 layers x 128 micro-batches x 6 gathers of an eighth of the stream in bf16.
+  EXPECT_EQ(predict_traffic(plan, 32).at("tp/all_gather").bytes,
+            int64_t{8} * 128 * 6 * 1024 * 16384 * 2);
+  EXPECT_NEAR(elements * 4 * 8, 405.85e9, 0.02e12);
+  EXPECT_GT(describe_plan(plan).size(), 4000u);
 }
 
 TEST(Memory, EveryRankReportsTheSameInDataParallel) {

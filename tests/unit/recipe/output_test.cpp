@@ -201,7 +201,7 @@ refused("optimizer", "lrr", 1.0)
 refused("run", "name", "A b")
 refused("run", "steps", 0)
 refused("run", "threads", "many")
-refused("parallel", "tensor", 2)
+refused("parallel", "tensor", 0)
 refused("data", "train", [])
 refused("data", "train", [{"weight": 1.0}])
 )";

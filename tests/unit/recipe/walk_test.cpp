@@ -61,6 +61,9 @@ const std::map<std::string, Overrides> kTied = {
     {"checkpoint.keep_every_steps",
      {"checkpoint.interval_steps=2", "checkpoint.keep_every_steps=4"}},
     {"metrics.trace.steps", {"metrics.trace.first_step=2", "metrics.trace.steps=5"}},
+    {"parallel.sequence", {"parallel.tensor=2", "parallel.sequence=true"}},
+    {"parallel.pipeline.split", {"parallel.pipeline.size=2", "parallel.pipeline.split=[1, 1]"}},
+    {"parallel.zero.stage", {"parallel.zero.stage=2"}},
     {"lr_schedule.decay", {"lr_schedule.decay=5"}},
     {"lr_schedule.warmup", {"lr_schedule.warmup=5"}},
 };
