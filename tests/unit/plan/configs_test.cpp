@@ -46,7 +46,6 @@ TEST(Configs, All_PlanForTheRanksOfTheirComment) {
     if (!recipe.recipe.model.vocab_size) inputs.tokenizer_vocab_size = 8192;
     const Plan plan = make_plan(recipe, topology, inputs);
     EXPECT_EQ(plan.grid.size(), world);
-    fprintf(stderr,"PEAK %s %d %.1f GiB\n",file.c_str(),world,plan.memory.peak()/1073741824.0);
     const auto relative = file.lexically_relative(kConfigs).replace_extension().string();
     // A comment that gives a command gives this recipe's.
     EXPECT_TRUE(world == 1 || read_file(file).find(" " + relative + " --") != std::string::npos);
