@@ -64,6 +64,12 @@ struct Recorder::State {
     put("train/grad_norm", record.grad_norm);
     put("train/lr", record.lr);
     if (record.loss_scale) put("train/loss_scale", *record.loss_scale);
+    if (record.experts) {
+      put("experts/load", record.experts->load);
+      put("experts/dropped", record.experts->dropped);
+      put("experts/auxiliary_loss", record.experts->auxiliary_loss);
+      put("experts/z_loss", record.experts->z_loss);
+    }
     put("speed/step_ms", record.step_ms);
     put("speed/data_wait_ms", record.data_wait_ms);
     put("speed/tokens_per_s", record.tokens_per_s);

@@ -69,8 +69,8 @@ std::string to_json(const StartRecord& record) {
 }
 
 std::string to_json(const StepRecord& record) {
-  return Line("step")
-      .add("attempt", record.attempt)
+  Line line("step");
+  line.add("attempt", record.attempt)
       .add("step", record.step)
       .add("tokens", record.tokens)
       .add("samples", record.samples)
@@ -85,9 +85,13 @@ std::string to_json(const StepRecord& record) {
       .add("rss_bytes", record.rss_bytes)
       .add("target_tokens", record.target_tokens)
       .add("skipped", record.skipped)
-      .add("loss_scale", record.loss_scale)
-      .add("elapsed_s", record.elapsed_s)
-      .done();
+      .add("loss_scale", record.loss_scale);
+  if (record.experts)
+    line.add("expert_load", record.experts->load)
+        .add("expert_dropped", record.experts->dropped)
+        .add("expert_auxiliary_loss", record.experts->auxiliary_loss)
+        .add("expert_z_loss", record.experts->z_loss);
+  return line.add("elapsed_s", record.elapsed_s).done();
 }
 
 std::string to_json(const EvalRecord& record) {

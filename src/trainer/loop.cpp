@@ -5,9 +5,11 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <deque>
 #include <mutex>
+#include <numeric>
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/console.h"
@@ -28,6 +30,22 @@ namespace capstan::trainer {
 namespace {
 
 double ms_since(int64_t begin_ns) { return static_cast<double>(monotonic_ns() - begin_ns) * 1e-6; }
+
+std::optional<metrics::ExpertRecord> summarize(const std::vector<parallel::ExpertLoad>& layers) {
+  if (layers.empty()) return std::nullopt;
+  metrics::ExpertRecord record;
+  double dropped = 0, choices = 0;
+  const double count = static_cast<double>(layers.size());
+  for (const parallel::ExpertLoad& layer : layers) {
+    record.load = std::max(record.load, layer.max_over_mean());
+    dropped += layer.dropped;
+    choices += std::accumulate(layer.tokens.begin(), layer.tokens.end(), 0.0);
+    record.auxiliary_loss += layer.auxiliary_loss / count;
+    record.z_loss += layer.z_loss / count;
+  }
+  record.dropped = choices > 0 ? dropped / choices : 0;
+  return record;
+}
 
 std::vector<int> all_ranks(const comm::Communicator& world) {
   std::vector<int> ranks(static_cast<size_t>(world.size()));
@@ -174,6 +192,7 @@ void Loop::record_step(const engine::StepReport& report, double step_ms, double 
   record.target_tokens = report.target_tokens;
   if (!report.skipped.empty()) record.skipped = report.skipped;
   record.loss_scale = report.loss_scale;
+  record.experts = summarize(report.experts);
   record.elapsed_s = ms_since(started_ns_) * 1e-3;
   recorder_->step(record, report.step == in_.plan.batch.total_steps);
 }

@@ -25,6 +25,8 @@ struct PlanOptions {
   std::string recipe;
   std::vector<std::string> overrides;
   int world = 1;
+  std::optional<int> ranks_per_host;      // default: all ranks on one host
+  std::optional<double> host_memory_gib;  // default: what this machine has
   bool json = false;
   bool should_draw = false;
   std::string drawing;  // file; empty = as text
@@ -83,6 +85,21 @@ std::string draw(const plan::Schedule& schedule, const std::string& file) {
   return fmt::format("drew schedule {} to {}\n", schedule.name, file);
 }
 
+// Hosts as asked for; without flags all ranks are on this one.
+plan::Topology topology_of(const PlanOptions& options) {
+  const int local = options.ranks_per_host.value_or(options.world);
+  if (options.world % local != 0)
+    throw ConfigError(ErrorText{.module = "plan",
+                                .what = "--ranks-per-host",
+                                .got = fmt::format("{} for {} ranks", local, options.world),
+                                .need = "a divisor of --world",
+                                .why = "every host starts as many ranks"});
+  plan::Topology topology = plan::local_topology(options.world, local);
+  if (options.host_memory_gib)
+    topology.memory_bytes = static_cast<int64_t>(*options.host_memory_gib * 1024 * 1024 * 1024);
+  return topology;
+}
+
 void run_plan(const PlanOptions& options) {
   if (!options.hardware.empty())
     throw ConfigError(
@@ -94,8 +111,7 @@ void run_plan(const PlanOptions& options) {
   const auto recipe = recipe::load_recipe(recipe::find_recipe(options.recipe), options.overrides);
   plan::PlanInputs inputs;
   inputs.tokenizer_vocab_size = tokenizer_size(recipe.recipe);
-  const auto plan =
-      plan::make_plan(recipe, plan::local_topology(options.world, options.world), inputs);
+  const auto plan = plan::make_plan(recipe, topology_of(options), inputs);
   if (options.should_draw)
     fmt::print("{}", draw(plan.schedule, options.drawing));
   else
@@ -114,9 +130,15 @@ void add_plan(CLI::App& app) {
   verb->add_option("--set", options->overrides,
                    "Change a key: --set optimizer.lr=1.0e-3 (may be repeated)")
       ->allow_extra_args(false);
-  verb->add_option("--world", options->world, "Ranks, all on this machine")
+  verb->add_option("--world", options->world, "Ranks of the run")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
+  verb->add_option("--ranks-per-host", options->ranks_per_host,
+                   "Ranks that share a host and its memory (default: all of them)")
+      ->check(CLI::Range(1, 65536));
+  verb->add_option("--host-memory", options->host_memory_gib,
+                   "GiB that the ranks of a host share (default: what this machine has)")
+      ->check(CLI::Range(0.001, 1e9));
   CLI::Option* json =
       verb->add_flag("--json", options->json, "For programs: the content of plan.json");
   CLI::Option* drawing =
@@ -129,7 +151,8 @@ void add_plan(CLI::App& app) {
                    "Not in this build: hardware file for a prediction of time");
   verb->footer(
       "Example:\n  capstan plan quickstart --world 2 --set model.vocab_size=8192\n"
-      "  capstan plan quickstart --set model.vocab_size=8192 --draw pipeline.svg");
+      "  capstan plan quickstart --set model.vocab_size=8192 --draw pipeline.svg\n"
+      "  capstan plan llama3/8b-8gpu --world 8 --host-memory 640");
   verb->callback([options, drawing] {
     options->should_draw = drawing->count() > 0;
     run_plan(*options);

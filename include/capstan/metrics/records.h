@@ -26,6 +26,13 @@ struct StartRecord {
   int64_t resumed_step = 0;
 };
 
+// Over the expert layers of the first pipeline stage's rank.
+struct ExpertRecord {
+  double load = 1;     // of the layer furthest off: most loaded expert over the mean; 1 = even
+  double dropped = 0;  // share of the choices beyond capacity
+  double auxiliary_loss = 0, z_loss = 0;  // means over layers, as in the loss of the step
+};
+
 struct StepRecord {
   int attempt = 0;
   int64_t step = 0;    // finished steps, this one included
@@ -41,9 +48,10 @@ struct StepRecord {
   int64_t peak_bytes = 0;     // counted by the allocator, largest rank
   int64_t rss_bytes = 0;
   int64_t target_tokens = 0;
-  std::optional<std::string> skipped;  // why the step changed nothing ("nonfinite gradient")
-  std::optional<double> loss_scale;    // fp16 only
-  double elapsed_s = 0;                // since the start of this attempt
+  std::optional<std::string> skipped;   // why the step changed nothing ("nonfinite gradient")
+  std::optional<double> loss_scale;     // fp16 only
+  std::optional<ExpertRecord> experts;  // models with experts only; else the keys are left out
+  double elapsed_s = 0;                 // since the start of this attempt
 };
 
 struct EvalRecord {

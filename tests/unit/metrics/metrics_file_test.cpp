@@ -102,6 +102,17 @@ TEST(Records, Numbers_RestoreAndNonFiniteIsNull) {
   EXPECT_EQ(line["loss_scale"], 65536);
 }
 
+TEST(Records, Experts_AreThereForModelsThatHaveThem) {
+  EXPECT_FALSE(json::parse(to_json(StepRecord{}), "line").contains("expert_load"));
+  const Json line = json::parse(
+      to_json(StepRecord{.experts = ExpertRecord{.load = 1.5, .dropped = 0.25, .z_loss = 3}}),
+      "line");
+  EXPECT_EQ(line["expert_load"], 1.5);
+  EXPECT_EQ(line["expert_dropped"], 0.25);
+  EXPECT_EQ(line["expert_auxiliary_loss"], 0.0);
+  EXPECT_EQ(line["expert_z_loss"], 3.0);
+}
+
 TEST(Records, Text_IsEscaped) {
   const std::string line =
       to_json(EventRecord{.level = "warning", .module = "data", .text = "a\"b\n\x01\xff end"});

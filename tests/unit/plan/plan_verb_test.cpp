@@ -91,6 +91,12 @@ TEST_F(PlanVerb, DamagedTokenizerIsRefused) {
 TEST_F(PlanVerb, WhatCannotBeHonouredIsRefused) {
   EXPECT_THROW((void)run({"--set", "model.vocab_size=100", "--world", "3"}), recipe::RecipeError);
   EXPECT_THROW((void)run({"--world", "0"}), CLI::ParseError);
+  EXPECT_THROW(
+      (void)run({"--set", "model.vocab_size=100", "--world", "4", "--ranks-per-host", "3"}),
+      ConfigError);
+  const std::vector<std::string> small = {"--set", "model.vocab_size=100", "--world",
+                                          "4",     "--host-memory",        "0.01"};
+  EXPECT_THROW((void)run(small), recipe::RecipeError);  // memory of a host that is not this one
   try {
     (void)run({"--hardware", "h100.yaml"});
     FAIL();
