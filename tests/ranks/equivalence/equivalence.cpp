@@ -48,6 +48,23 @@ void compare_state(Engine& engine, const ReferenceRun& reference, Comparison& re
   }
 }
 
+double experts_error(const std::vector<parallel::ExpertLoad>& mine,
+                     const std::vector<parallel::ExpertLoad>& all) {
+  double error = 0;
+  for (const parallel::ExpertLoad& load : mine) {
+    const auto same = std::find_if(all.begin(), all.end(),
+                                   [&](const auto& other) { return other.layer == load.layer; });
+    if (same == all.end() || same->tokens.size() != load.tokens.size()) return INFINITY;
+    for (size_t e = 0; e < load.tokens.size(); ++e)
+      error = std::max(error, relative(load.tokens[e], same->tokens[e]));
+    error = std::max({error, relative(load.dropped, same->dropped),
+                      relative(load.routed_tokens, same->routed_tokens),
+                      relative(load.auxiliary_loss, same->auxiliary_loss),
+                      relative(load.z_loss, same->z_loss)});
+  }
+  return error;
+}
+
 std::vector<engine::MicroBatch> batches_of(const Engine& engine, int rank, int64_t step) {
   return engine::testing::make_batches(engine.plan(), engine.plan().grid.data_parallel_index(rank),
                                        step);
@@ -62,7 +79,7 @@ double evaluate(Engine& engine, int rank) {
 
 double Comparison::error() const {
   if (!failure.empty()) return INFINITY;
-  return std::max({loss, norm, eval, state});
+  return std::max({loss, norm, eval, experts, state});
 }
 
 double state_error(Engine& engine, const ReferenceRun& reference) {
@@ -104,6 +121,8 @@ Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& referenc
     const std::lock_guard lock(mutex);
     for (size_t i = 0; i < reports.size(); ++i) {
       result.loss = std::max(result.loss, relative(reports[i].loss, reference.reports[i].loss));
+      result.experts =
+          std::max(result.experts, experts_error(reports[i].experts, reference.reports[i].experts));
       result.norm =
           std::max(result.norm, relative(reports[i].grad_norm, reference.reports[i].grad_norm));
     }

@@ -23,10 +23,10 @@ struct ReferenceRun {
 struct Comparison {
   double loss = 0, norm = 0, eval = 0;  // largest relative error
   double state = 0;                     // over tensors: max |a - b| / max(|b|max, 1e-3)
+  double experts = 0;                   // statistics of expert layers, in every step
   std::string worst;                    // tensor of the largest state error
   std::string failure;                  // what a rank threw
   std::string hash;                     // of all weights
-  std::string ledger;  // how traffic differs from the plan's; empty when it does not
   [[nodiscard]] double error() const;
 };
 

@@ -61,9 +61,9 @@ TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
       wide[axis] += layout.number(axis) > (std::string_view(axis) == "zero" ? 0 : 1);
     if (result.error() <= kBar) continue;
     ADD_FAILURE() << layout.describe() << "\n  loss " << result.loss << ", norm " << result.norm
-                  << ", evaluation " << result.eval << ", state " << result.state << " in "
-                  << result.worst << "\n  " << result.failure.substr(0, 600)
-                  << "\n  reproduce: " << reproduce(layout);
+                  << ", evaluation " << result.eval << ", experts " << result.experts << ", state "
+                  << result.state << " in " << result.worst << "\n  "
+                  << result.failure.substr(0, 600) << "\n  reproduce: " << reproduce(layout);
     if (++failed >= number_from("CAPSTAN_LAYOUT_FAILURES", 5)) break;
   }
   print_coverage(cases, pairs.size());
@@ -91,7 +91,8 @@ TEST(Equivalence, Bf16Layouts_StayCloseToOneRank) {
   std::mt19937_64 random(6);
   double worst_loss = 0, worst_norm = 0;
   for (int i = 0; i < 24; ++i) {
-    LayoutCase layout = draw_case(random, {}, 1000).value();
+    // Without routers: rounding turns close choices of experts, which no bar on losses describes.
+    LayoutCase layout = draw_case(random, {{"family", "llama"}}, 1000).value();
     layout.compute = "bf16";
     const Comparison result = compare_layout(layout, run_reference(layout, kSteps), kSteps);
     EXPECT_EQ(result.failure, "") << layout.describe();

@@ -81,6 +81,7 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   auto& v = drawn.values;
   settle(v["tp"] == "1", "sp", "false");
   settle(v["family"] == "llama", "ep", "1");
+  settle(v["family"] == "llama", "router", "softmax");
   settle(v["schedule"] == "gpipe" || v["schedule"] == "1f1b", "chunks", "1");
   settle(v["schedule"] == "interleaved" && v["chunks"] == "1", "chunks", "2");
   settle(v["schedule"] == "zero_bubble" && v["chunks"] == "3", "chunks", "2");
@@ -101,11 +102,10 @@ std::vector<Pair> pairs_of(const LayoutCase& layout) {
 }  // namespace
 
 const std::vector<LayoutAxis>& model_axes() {
-  static const std::vector<LayoutAxis> axes = {{"family", {"llama", "moe"}},
-                                               {"tied", {"false", "true"}},
-                                               {"kv", {"2", "4", "1"}},
-                                               {"documents", {"joined", "separate"}},
-                                               {"window", {"none", "9"}}};
+  static const std::vector<LayoutAxis> axes = {
+      {"family", {"llama", "moe"}},          {"router", {"softmax", "sigmoid"}},
+      {"tied", {"false", "true"}},           {"kv", {"2", "4", "1"}},
+      {"documents", {"joined", "separate"}}, {"window", {"none", "9"}}};
   return axes;
 }
 
@@ -147,6 +147,11 @@ std::vector<std::string> LayoutCase::overrides() const {
           "model.experts.shared_intermediate_size=16", "model.experts.auxiliary_loss=0.02",
           "model.experts.z_loss=1.0e-3"})
       list.push_back(expert);
+  // The router whose choice depends on what earlier steps counted.
+  if (values.at("router") == "sigmoid")
+    for (const char* key : {"model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
+                            "model.experts.auxiliary_scope=global"})
+      list.push_back(key);
   if (compute != "fp64")
     list.push_back("optimizer.lr=1.0e-3");  // else noise grows from step to step
   if (values.at("zero") != "0") list.push_back("parallel.zero.shard_size=" + values.at("dp_shard"));
