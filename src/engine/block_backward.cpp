@@ -23,42 +23,43 @@ struct HandOver : autograd::Node {
   std::string name() const override { return "HandOver"; }
 };
 
-// Where the gradient of a leaf arrives; an edge to nowhere when no graph reaches it.
-autograd::Edge edge_of(const Tensor& leaf) {
-  const auto accumulator = autograd::impl::try_get_grad_accumulator(leaf);
-  if (accumulator) return {accumulator, static_cast<uint32_t>(leaf.output_nr())};
-  const auto unreachable = std::shared_ptr<HandOver>(new HandOver, autograd::deleteNode);
-  return {unreachable, 0};
+// An edge that no graph reaches.
+autograd::Edge nowhere() {
+  return {std::shared_ptr<HandOver>(new HandOver, autograd::deleteNode), 0};
+}
+
+// Where the gradient of an anchor arrives.
+autograd::Edge edge_of(const Tensor& anchor) {
+  const auto accumulator = autograd::impl::try_get_grad_accumulator(anchor);
+  if (!accumulator) return nowhere();
+  return {accumulator, static_cast<uint32_t>(anchor.output_nr())};
 }
 
 }  // namespace
 
-void Roots::add(Tensor tensor, Tensor gradient) {
-  if (!tensor.defined() || !tensor.requires_grad() || !gradient.defined()) return;
-  tensors.push_back(std::move(tensor));
+void Roots::add(autograd::Edge edge, Tensor gradient) {
+  if (!edge.is_valid() || !gradient.defined()) return;
+  edges.push_back(std::move(edge));
   gradients.push_back(std::move(gradient));
 }
 
-std::vector<Tensor> differentiate(Roots roots, const std::vector<Tensor>& leaves,
+std::vector<Tensor> differentiate(Roots roots, const std::vector<autograd::Edge>& inputs,
                                   const std::vector<Tensor>& anchors) {
-  if (roots.tensors.empty()) return std::vector<Tensor>(leaves.size());
+  if (roots.edges.empty()) return std::vector<Tensor>(inputs.size());
   const auto top = std::shared_ptr<HandOver>(new HandOver, autograd::deleteNode);
-  autograd::edge_list edges;
-  for (const Tensor& tensor : roots.tensors) edges.push_back(autograd::impl::gradient_edge(tensor));
-  top->set_next_edges(std::move(edges));
+  top->set_next_edges(std::move(roots.edges));
   top->gradients = std::move(roots.gradients);
-  roots.tensors.clear();
   const Tensor signal = at::zeros({});  // the engine starts a node by a gradient
   top->add_input_metadata(signal);
 
   autograd::edge_list wanted;
-  for (const Tensor& leaf : leaves) wanted.push_back(edge_of(leaf));
+  for (const auto& input : inputs) wanted.push_back(input.is_valid() ? input : nowhere());
   for (const Tensor& anchor : anchors) wanted.push_back(edge_of(anchor));
   if (wanted.empty()) return {};
   auto results = autograd::Engine::get_default_engine().execute(
       {{top, 0}}, {signal}, /*keep_graph=*/false, /*create_graph=*/false,
       /*accumulate_grad=*/false, wanted);
-  results.resize(leaves.size());
+  results.resize(inputs.size());
   return results;
 }
 

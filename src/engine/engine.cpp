@@ -57,6 +57,7 @@ struct Engine::Impl {
         context(mesh.along(plan::Axis::kCp)),
         pipeline(mesh.along(plan::Axis::kPp).control()),
         world(mesh.world().control()) {
+    if (model.balance) model.balance->listen(options.hooks.experts);
     for (size_t i = 0; i < model.stores.size(); ++i) {
       auto& store = *model.stores[i];
       if (options.initializes)

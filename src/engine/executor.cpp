@@ -12,44 +12,9 @@
 #include "capstan/base/check.h"
 #include "capstan/base/trace.h"
 #include "engine/block_backward_internal.h"
+#include "engine/block_io_internal.h"
 
 namespace capstan::engine {
-namespace {
-
-// The tensors of a BlockIO in a fixed order; undefined ones included.
-std::vector<Tensor> tensors_of(const nn::BlockIO& io) {
-  std::vector<Tensor> tensors{io.hidden_BTD, io.residual_BTD};
-  for (const auto& [name, tensor] : io.extras) tensors.push_back(tensor);
-  return tensors;
-}
-
-// The input of the next graph: the same numbers, cut off from the graph that made them. What is
-// run again has no graph yet.
-Tensor as_leaf(const Tensor& made, bool is_recomputed) {
-  if (!made.defined()) return made;
-  return made.detach().set_requires_grad(made.requires_grad() || is_recomputed);
-}
-
-nn::BlockIO as_leaves(const nn::BlockIO& made, bool is_recomputed) {
-  nn::BlockIO leaves{
-      as_leaf(made.hidden_BTD, is_recomputed), as_leaf(made.residual_BTD, is_recomputed), {}};
-  for (const auto& [name, tensor] : made.extras)
-    leaves.extras[name] = as_leaf(tensor, is_recomputed);
-  return leaves;
-}
-
-// The residual stream as it leaves a stage.
-nn::BlockIO merged(const nn::BlockIO& made) {
-  CAPSTAN_CHECK(made.extras.empty(), "named extras do not travel between pipeline stages");
-  if (!made.hidden_BTD.defined()) return made;
-  return {
-      .hidden_BTD = {},
-      .residual_BTD = made.residual_BTD.add(made.hidden_BTD).to(made.residual_BTD.scalar_type()),
-      .extras = {}};
-}
-
-}  // namespace
-
 // Holds the values of a block's parameters readable.
 class Executor::OpenBlock {
  public:
@@ -91,9 +56,10 @@ bool Executor::ends_stage(int block) const {
   return false;
 }
 
-bool Executor::is_recomputed(int block) const {
-  return model_.recompute_blocks && block > 0 && block < model_.model.shape.head_block();
+bool Executor::is_layer(int block) const {
+  return block > 0 && block < model_.model.shape.head_block();
 }
+bool Executor::is_recomputed(int block) const { return model_.recompute_blocks && is_layer(block); }
 
 // The stage after (+1) or before (-1) a chunk's: its pipeline rank, and its chunk there.
 std::pair<int, int> Executor::neighbour(int chunk, int direction) const {
@@ -184,7 +150,7 @@ void Executor::send(const plan::Instruction& i) {
   sends_.remove_if([](const comm::Work& sent) { return sent.is_done(); });
   InFlight& flight = in_flight_.at({i.chunk, i.micro_batch});
   if (i.op == plan::Op::kSendActivation) {
-    const Tensor made = flight.blocks.back().out.residual_BTD.detach();
+    const Tensor made = std::exchange(flight.output, Tensor());
     sends_.push_back(model_.links.activations.send(made.contiguous(), i.peer));
     return;
   }
@@ -234,29 +200,52 @@ void Executor::forward(int chunk_index, int micro_batch, const StepWork& work) {
   const param::Context context = train_context(micro_batch, batch, work);
   InFlight& flight = in_flight_[{chunk_index, micro_batch}];
   flight.blocks.resize(chunk.blocks.size());
-  if (flight.input.defined()) flight.input.set_requires_grad(true);
+  nn::BlockIO made{
+      .hidden_BTD = {}, .residual_BTD = std::exchange(flight.input, Tensor()), .extras = {}};
   for (size_t i = 0; i < chunk.blocks.size(); ++i) {
     const int block = chunk.blocks[i];
-    BlockRun& run = flight.blocks[i];
-    run.in = i > 0 ? as_leaves(flight.blocks[i - 1].out, is_recomputed(chunk.blocks[i - 1]))
-                   : nn::BlockIO{.hidden_BTD = {}, .residual_BTD = flight.input, .extras = {}};
+    // What comes from another stage is differentiated whatever this rank knows of it.
+    const nn::BlockIO in = cut_off(made, i == 0 || is_recomputed(chunk.blocks[i - 1]));
+    made = {};
     const OpenBlock open(model_, block);
     prefetch(chunk, i, +1);
     note("forward", block);
-    const at::AutoGradMode with_graph(!is_recomputed(block));
-    if (block == model_.model.shape.head_block())
-      score(context, flight, work, batch);
-    else
-      run.out = run_block(block, context, run.in, batch.ids_BT);
+    made = forward_block(block, context, in, flight, flight.blocks[i], work, batch);
   }
-  if (chunk.stage + 1 < stages_)
-    hand_over(chunk_index, micro_batch, false, flight.blocks.back().out.residual_BTD.detach());
+  if (chunk.stage + 1 == stages_) return;
+  flight.output = made.residual_BTD.detach();
+  if (neighbour(chunk_index, +1).first == pipeline_rank_)
+    hand_over(chunk_index, micro_batch, false, std::exchange(flight.output, Tensor()));
 }
 
-void Executor::score(const param::Context& context, InFlight& flight, const StepWork& work,
-                     const MicroBatch& batch) {
+nn::BlockIO Executor::forward_block(int block, const param::Context& context, const nn::BlockIO& in,
+                                    InFlight& flight, BlockRun& run, const StepWork& work,
+                                    const MicroBatch& batch) {
+  parallel::ActivationOffload* const offload = model_.activation_offload.get();
+  if (is_recomputed(block)) {
+    const at::NoGradGuard no_graph;
+    nn::BlockIO made = run_block(block, context, in, batch.ids_BT);
+    run.in = in;
+    if (offload) run.on_host = put_away(run.in, *offload);
+    if (offload) offload->end_block();
+    return made;
+  }
+  GraphInput input = start_graph(in);
+  run.leaves = std::move(input.edges);
+  if (block == model_.model.shape.head_block()) {
+    score(context, input.io, flight, work, batch);
+    return {};
+  }
+  const ops::KeeperGuard keeper(is_layer(block) ? offload : nullptr);
+  nn::BlockIO made = run_block(block, context, input.io, batch.ids_BT);
+  run.roots = roots_of(made);
+  if (offload) offload->end_block();
+  return made;
+}
+
+void Executor::score(const param::Context& context, const nn::BlockIO& in, InFlight& flight,
+                     const StepWork& work, const MicroBatch& batch) {
   const trace::Span span("compute", "score");
-  const nn::BlockIO& in = flight.blocks.back().in;
   nn::ScoreRequest request;
   const Tensor weights_BT = work.objective->weights(batch, work.denominator);
   if (weights_BT.defined()) {
@@ -275,8 +264,8 @@ void Executor::score(const param::Context& context, InFlight& flight, const Step
   loss_ += flight.loss.item<double>();
 }
 
-// Gradients of the block's inputs, by their place in tensors_of. Consumes the run: its graph lives
-// on in the roots only.
+// Gradients of the block's inputs, by place. Consumes the run: its graph lives on in the roots
+// only.
 std::vector<Tensor> Executor::backward_block(int block, BlockRun run, InFlight& flight,
                                              std::vector<Tensor> gradients,
                                              const param::Context& context,
@@ -284,34 +273,25 @@ std::vector<Tensor> Executor::backward_block(int block, BlockRun run, InFlight& 
   const trace::Span span("compute", "backward");
   std::optional<OpenBlock> open;
   if (block > 0) open.emplace(model_, block);
-  std::vector<Tensor> leaves, result = tensors_of(run.in);
-  std::vector<size_t> place;
-  for (size_t t = 0; t < result.size(); ++t) {
-    if (!result[t].defined() || !result[t].requires_grad()) continue;
-    leaves.push_back(result[t]);
-    place.push_back(t);
-  }
   if (is_recomputed(block)) {
+    bring_back(run.in, std::move(run.on_host));
     param::Context again = context;
     again.mode = param::Mode::kRecompute;
     again.stats = nullptr;
     const at::AutoGradMode with_graph(true);
-    run.out = run_block(block, again, run.in, batch.ids_BT);
+    GraphInput input = start_graph(std::exchange(run.in, {}));
+    run.leaves = std::move(input.edges);
+    run.roots = roots_of(run_block(block, again, input.io, batch.ids_BT));
   }
   Roots roots;
   if (flight.loss.defined()) {
-    roots.add(flight.loss, at::full_like(flight.loss, flight.seed));
+    roots.add(root_of(flight.loss), at::full_like(flight.loss, flight.seed));
     flight.loss = Tensor();
   }
-  auto made = tensors_of(run.out);
   for (size_t t = 0; t < gradients.size(); ++t)
-    roots.add(std::move(made[t]), std::move(gradients[t]));
-  made.clear();
-  run = {};
-  for (auto& tensor : result) tensor = Tensor();
-  auto found = differentiate(std::move(roots), leaves, anchors_);
-  for (size_t l = 0; l < leaves.size(); ++l) result[place[l]] = std::move(found[l]);
-  return result;
+    roots.add(std::move(run.roots[t]), std::move(gradients[t]));
+  run.roots.clear();
+  return differentiate(std::move(roots), run.leaves, anchors_);
 }
 
 void Executor::backward(int chunk_index, int micro_batch, const StepWork& work,
@@ -328,7 +308,6 @@ void Executor::backward(int chunk_index, int micro_batch, const StepWork& work,
     note("backward", block);
     BlockRun run = std::move(flight.blocks[i]);
     flight.blocks.pop_back();
-    if (i == 0) flight.input = Tensor();
     gradients = backward_block(block, std::move(run), flight, std::move(gradients), context, batch);
     prefetch(chunk, i, -1);
     if (!defer_weights) pass_done(block);

@@ -12,6 +12,7 @@
 
 #include "capstan/engine/engine.h"
 #include "capstan/parallel/parallelize.h"
+#include "engine/block_io_internal.h"
 
 namespace capstan::engine {
 
@@ -42,12 +43,14 @@ class Executor {
 
  private:
   struct BlockRun {
-    nn::BlockIO in;   // leaves of the block's graph
-    nn::BlockIO out;  // of every block but the head; without graph where it is run again
+    std::vector<Edge> leaves, roots;  // of its graph, by place in a BlockIO
+    nn::BlockIO in;                   // of a block that is run again, which has no graph yet
+    InputOnHost on_host;              // in place of `in`, where activations are offloaded
   };
   struct InFlight {
-    Tensor input;                  // of the first block, a leaf; undefined on the first stage
+    Tensor input;                  // of the first block; undefined on the first stage
     std::vector<BlockRun> blocks;  // as in the chunk
+    Tensor output;                 // on its way to the next stage
     Tensor loss;                   // scaled, 0-d
     double seed = 1;               // gradient of the loss
     Tensor output_gradient, input_gradient;
@@ -60,8 +63,11 @@ class Executor {
   void receive(const plan::Instruction& instruction, const StepWork& work);
   void send(const plan::Instruction& instruction);
   void forward(int chunk, int micro_batch, const StepWork& work);
-  void score(const param::Context& context, InFlight& flight, const StepWork& work,
-             const MicroBatch& batch);
+  [[nodiscard]] nn::BlockIO forward_block(int block, const param::Context& context,
+                                          const nn::BlockIO& in, InFlight& flight, BlockRun& run,
+                                          const StepWork& work, const MicroBatch& batch);
+  void score(const param::Context& context, const nn::BlockIO& in, InFlight& flight,
+             const StepWork& work, const MicroBatch& batch);
   void backward(int chunk, int micro_batch, const StepWork& work, bool defer_weights);
   void backward_weights(int chunk, int micro_batch);
   [[nodiscard]] std::vector<Tensor> backward_block(int block, BlockRun run, InFlight& flight,
@@ -79,6 +85,7 @@ class Executor {
   [[nodiscard]] param::Context train_context(int micro_batch, const MicroBatch& batch,
                                              const StepWork& work) const;
   [[nodiscard]] bool ends_stage(int block) const;
+  [[nodiscard]] bool is_layer(int block) const;
   [[nodiscard]] bool is_recomputed(int block) const;
   [[nodiscard]] std::pair<int, int> neighbour(int chunk, int direction) const;  // rank, chunk
   void note(const char* what, int index) const;

@@ -38,6 +38,7 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                       "parallel.zero.offload=none",
                                       "parallel.recompute.mode=none",
                                       "parallel.recompute.parts=[]",
+                                      "parallel.offload_activations=false",
                                       "run.threads=auto"};
   changes.insert(changes.end(), overrides.begin(), overrides.end());
   return recipe::parse_recipe(checkpoint::read_step_file(step.path, "recipe.yaml"),

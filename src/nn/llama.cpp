@@ -29,14 +29,17 @@ struct LlamaEmbedding final : Embedding {
 struct LlamaLayer final : DecoderLayer {
   Projection gate_up, down;
 
-  LlamaLayer(const plan::ModelShape& shape, int number, const LayerParams& params)
-      : DecoderLayer(shape, number, params),
+  LlamaLayer(const plan::ModelShape& shape, const ModelOptions& options, int number,
+             const LayerParams& params)
+      : DecoderLayer(shape, options, number, params),
         gate_up(params.projection({"mlp.gate_proj", "mlp.up_proj"})),
         down(params.projection({"mlp.down_proj"})) {}
 
   Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const override {
-    const Tensor gate_up_BTF = seams.column(context, x_BTD, {&gate_up, 1}).front();
-    return seams.row(context, ops::swiglu(gate_up_BTF), down);
+    const auto gated = [&seams, this](const Context& pass, const Tensor& x) {
+      return ops::swiglu(seams.column(pass, x, {&gate_up, 1}).front());
+    };
+    return seams.row(context, run_part(remade.mlp, context, x_BTD, gated), down);
   }
 };
 
@@ -84,7 +87,8 @@ Projection LayerParams::projection(const std::vector<std::string>& names, bool w
   return result;
 }
 
-DecoderLayer::DecoderLayer(const plan::ModelShape& shape, int layer, const LayerParams& params)
+DecoderLayer::DecoderLayer(const plan::ModelShape& shape, const ModelOptions& options, int layer,
+                           const LayerParams& params)
     : index(layer),
       eps(shape.rms_norm_eps),
       attention{.query_heads = shape.num_attention_heads,
@@ -94,6 +98,7 @@ DecoderLayer::DecoderLayer(const plan::ModelShape& shape, int layer, const Layer
                 .max_positions = shape.max_position_embeddings,
                 .spec = {.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim)),
                          .sliding_window = shape.sliding_window}},
+      remade(options.remade),
       input_norm_D(params.weight("input_layernorm")),
       post_norm_D(params.weight("post_attention_layernorm")),
       qkv(params.projection({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
@@ -101,17 +106,24 @@ DecoderLayer::DecoderLayer(const plan::ModelShape& shape, int layer, const Layer
       o(params.projection({"self_attn.o_proj"}, shape.attention_bias)) {}
 
 BlockIO DecoderLayer::forward(const Context& context, Seams& seams, const BlockIO& in) const {
-  const auto before = ops::add_rms_norm(in.residual_BTD, in.hidden_BTD, input_norm_D, eps);
+  const auto norm = [&](const Tensor& residual, const Tensor& hidden, const Param& weight_D) {
+    return ops::add_rms_norm(residual, hidden, weight_D, eps,
+                             remade.norm ? ops::NormOutput::kRemade : ops::NormOutput::kKept);
+  };
+  const auto before = norm(in.residual_BTD, in.hidden_BTD, input_norm_D);
   const Tensor attended_BTD = attend(context, seams, before.normed);
-  const auto between = ops::add_rms_norm(before.residual, attended_BTD, post_norm_D, eps);
+  const auto between = norm(before.residual, attended_BTD, post_norm_D);
   return {.hidden_BTD = mlp(context, seams, between.normed),
           .residual_BTD = between.residual,
           .extras = in.extras};
 }
 
 Tensor DecoderLayer::attend(const Context& context, Seams& seams, const Tensor& x_BTD) const {
-  const Tensor qkv_BTX = seams.column(context, x_BTD, {&qkv, 1}).front();
-  return seams.row(context, seams.attend(context, index, qkv_BTX, local_attention()), o);
+  const auto attended = [&seams, this](const Context& pass, const Tensor& x) {
+    const Tensor qkv_BTX = seams.column(pass, x, {&qkv, 1}).front();
+    return seams.attend(pass, index, qkv_BTX, local_attention());
+  };
+  return seams.row(context, run_part(remade.attention, context, x_BTD, attended), o);
 }
 
 AttentionInput DecoderLayer::local_attention() const {
@@ -144,7 +156,7 @@ Model build_decoder(const plan::ModelShape& shape, const ModelOptions& options,
 Model build_llama(const plan::ModelShape& shape, const ModelOptions& options,
                   const FindParam& find) {
   return build_decoder(shape, options, find, [&](int index, const LayerParams& params) {
-    return std::make_unique<LlamaLayer>(shape, index, params);
+    return std::make_unique<LlamaLayer>(shape, options, index, params);
   });
 }
 

@@ -36,10 +36,12 @@ struct DecoderLayer : Block {
   int index = 0;
   double eps = 0;
   AttentionInput attention;  // heads of the whole model; local numbers follow from the weights
+  plan::RemadeParts remade;
   Param input_norm_D, post_norm_D;
   Projection qkv, o;
 
-  DecoderLayer(const plan::ModelShape& shape, int index, const LayerParams& params);
+  DecoderLayer(const plan::ModelShape& shape, const ModelOptions& options, int index,
+               const LayerParams& params);
   [[nodiscard]] BlockIO forward(const Context& context, Seams& seams,
                                 const BlockIO& in) const override;
   [[nodiscard]] virtual Tensor mlp(const Context& context, Seams& seams,

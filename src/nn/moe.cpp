@@ -6,6 +6,7 @@
 
 #include "capstan/base/error.h"
 #include "capstan/nn/experts.h"
+#include "capstan/ops/gate.h"
 #include "capstan/ops/linear.h"
 #include "capstan/ops/swiglu.h"
 #include "capstan/plan/experts.h"
@@ -22,9 +23,12 @@ struct MoeLayer final : DecoderLayer {
   using DecoderLayer::DecoderLayer;
 
   Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const override {
-    const Tensor chosen_BTD = seams.experts(context, index, x_BTD, experts);
-    if (shared_down.parts.empty()) return chosen_BTD;
-    return chosen_BTD + shared(context, seams, x_BTD);
+    const auto all = [&seams, this](const Context& pass, const Tensor& x) {
+      const Tensor chosen_BTD = seams.experts(pass, index, x, experts);
+      if (shared_down.parts.empty()) return chosen_BTD;
+      return chosen_BTD + shared(pass, seams, x);
+    };
+    return run_part(remade.mlp, context, x_BTD, all);
   }
 
  private:
@@ -34,14 +38,14 @@ struct MoeLayer final : DecoderLayer {
     const Tensor gate_up_BTF = seams.column(context, x_BTD, {&shared_gate_up, 1}).front();
     const Tensor y_BTD = seams.row(context, ops::swiglu(gate_up_BTF), shared_down);
     if (shared_gate.parts.empty()) return y_BTD;
-    return y_BTD * at::sigmoid(ops::linear(x_BTD, shared_gate));
+    return ops::gated(y_BTD, ops::linear(x_BTD, shared_gate));
   }
 };
 
 std::unique_ptr<Block> build_layer(const plan::ModelShape& shape, const ModelOptions& options,
                                    int index, const LayerParams& params) {
   const plan::ExpertNames& names = plan::expert_names(shape.family);
-  auto layer = std::make_unique<MoeLayer>(shape, index, params);
+  auto layer = std::make_unique<MoeLayer>(shape, options, index, params);
   layer->experts.shape = shape.experts;
   layer->experts.router = params.projection({names.router});
   const int held = static_cast<int>(shape.experts.count) / options.expert_ranks;

@@ -129,6 +129,11 @@ Tensors backward(const NormCall& call, const Tensors& saved, Tensors& grads) {
   return backward_fused(saved[0], saved[1], std::move(grads[0]), grads[1], call);
 }
 
+NormForward forward(const Tensor& residual, const Tensor& hidden, const NormCall& call) {
+  return call.path == Path::kFused ? forward_fused(residual, hidden, call)
+                                   : forward_reference(residual, hidden, call);
+}
+
 void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& weight) {
   const Tensor w = weight.value();
   CAPSTAN_CHECK(residual.dim() >= 1 && w.numel() == residual.size(-1),
@@ -143,7 +148,7 @@ void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& wei
 }  // namespace
 
 AddRmsNorm add_rms_norm(const Tensor& residual, const Tensor& hidden, const Param& weight,
-                        double eps) {
+                        double eps, NormOutput output) {
   check_shapes(residual, hidden, weight);
   NormCall call{weight,           eps,   residual.scalar_type(), weight.value().scalar_type(),
                 hidden.defined(), path()};
@@ -151,15 +156,15 @@ AddRmsNorm add_rms_norm(const Tensor& residual, const Tensor& hidden, const Para
   NormForward out;
   {
     at::NoGradGuard no_grad;
-    out = call.path == Path::kFused ? forward_fused(residual, hidden, call)
-                                    : forward_reference(residual, hidden, call);
+    out = forward(residual, hidden, call);
   }
-  record(Tensors{out.residual, out.normed},
-         {"add_rms_norm",
-          {residual, hidden},
-          {weight},
-          {out.residual, out.rstd},
-          [call](const Tensors& saved, Tensors& grads) { return backward(call, saved, grads); }});
+  NodeSpec node{"add_rms_norm", {residual, hidden}, {weight}, {out.residual, out.rstd}, {}};
+  node.backward = [call](const Tensors& saved, Tensors& grads) {
+    return backward(call, saved, grads);
+  };
+  if (output == NormOutput::kRemade)  // the sum is its own norm's input
+    node.remake = {1, [call](const Tensors& saved) { return forward(saved[0], {}, call).normed; }};
+  record(Tensors{out.residual, out.normed}, std::move(node));
   return {out.residual, out.normed};
 }
 

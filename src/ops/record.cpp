@@ -4,26 +4,28 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 
 #include "capstan/base/check.h"
+#include "ops/keep_internal.h"
 
 namespace capstan::ops {
 namespace {
 
 using torch::autograd::variable_list;
 
-struct ClosureNode : torch::autograd::Node {
+struct ClosureNode : RemakingNode {
   const char* title = "";
   size_t inputs = 0;
   std::vector<Param> params;
   std::vector<uint64_t> versions;  // of params, at the forward
-  std::vector<torch::autograd::SavedVariable> saved;
+  std::vector<Saved> saved;
   Backward backward;
+  Remake remake;
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  WeakTensor last_remade{Tensor().getIntrusivePtr()};  // while somebody uses it
   bool released = false;
 
   std::string name() const override { return title; }
@@ -31,21 +33,37 @@ struct ClosureNode : torch::autograd::Node {
   void release_variables() override {
     saved.clear();
     backward = {};
+    remake = {};
     released = true;
+  }
+
+  Tensors saved_tensors() {
+    CAPSTAN_CHECK(!released, "{}: backward ran a second time after its tensors were freed", title);
+    Tensors tensors;
+    tensors.reserve(saved.size());
+    for (const auto& s : saved) tensors.push_back(s.get(shared_from_this()));
+    return tensors;
+  }
+
+  std::unique_ptr<Kept> remade(size_t output) override;
+
+  Tensor remade_output() {
+    if (auto made = last_remade.lock(); made.defined()) return Tensor(std::move(made));
+    const at::NoGradGuard no_grad;
+    Tensor made = remake.make(saved_tensors());
+    last_remade = WeakTensor(made.getIntrusivePtr());
+    return made;
   }
 
   variable_list apply(variable_list&& grads) override {
     variable_list result(num_outputs());
     const auto is_defined = [](const Tensor& t) { return t.defined(); };
     if (std::none_of(grads.begin(), grads.end(), is_defined)) return result;
-    CAPSTAN_CHECK(!released, "{}: backward ran a second time after its tensors were freed", title);
     for (size_t i = 0; i < params.size(); ++i)
       CAPSTAN_CHECK(params[i].version() == versions[i],
                     "{}: {} changed between forward and backward (version {} became {})", title,
                     params[i].spec().name, versions[i], params[i].version());
-    Tensors tensors;
-    tensors.reserve(saved.size());
-    for (const auto& s : saved) tensors.push_back(s.unpack(shared_from_this()));
+    const Tensors tensors = saved_tensors();
     Tensors input_grads = backward(tensors, grads);
     CAPSTAN_CHECK(input_grads.size() <= inputs, "{}: {} gradients for {} inputs", title,
                   input_grads.size(), inputs);
@@ -53,6 +71,23 @@ struct ClosureNode : torch::autograd::Node {
     return result;
   }
 };
+
+// An output that its node makes again. The node lives as long as what comes after it.
+struct RemadeOutput final : Kept {
+  std::weak_ptr<torch::autograd::Node> node;
+  explicit RemadeOutput(std::weak_ptr<torch::autograd::Node> from) : node(std::move(from)) {}
+  Tensor get() override {
+    const auto from = std::static_pointer_cast<ClosureNode>(node.lock());
+    CAPSTAN_CHECK(from, "an output is made again after its op is gone");
+    return from->remade_output();
+  }
+};
+
+std::unique_ptr<Kept> ClosureNode::remade(size_t output) {
+  if (repeat && output == 0) return repeat->result();
+  if (!remake.make || output != remake.output) return nullptr;
+  return std::make_unique<RemadeOutput>(weak_from_this());
+}
 
 Tensors edges_of(const Tensors& inputs, const std::vector<Param>& params) {
   Tensors edges = inputs;
@@ -82,9 +117,11 @@ void record(const Tensors& outputs, NodeSpec spec) {
   node->params = std::move(spec.params);
   for (const Param& p : node->params) node->versions.push_back(p.version());
   node->backward = std::move(spec.backward);
+  node->remake = std::move(spec.remake);
   node->set_next_edges(torch::autograd::collect_next_edges(edges));
   for (const Tensor& output : outputs) torch::autograd::set_history(output, node);
   for (const Tensor& t : spec.saved) {
+    if (Repeat::running() && Repeat::running()->take_in(t)) continue;
     const bool is_output = std::any_of(outputs.begin(), outputs.end(),
                                        [&](const Tensor& output) { return output.is_same(t); });
     node->saved.emplace_back(t, is_output);

@@ -66,6 +66,7 @@ bool ExpertBalance::wants(const char* name) const {
 
 void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
   at::NoGradGuard no_grad;
+  if (listener_) listener_(name, layer, value, states_.at(static_cast<size_t>(layer)));
   const int64_t count = shape_.experts.count;
   if (std::string_view(name) == "expert_tokens") {
     row(layer).narrow(0, 0, count).add_(value);

@@ -66,7 +66,10 @@ void watch_experts(ParallelModel& out, const Request& r) {
 }
 
 void choose_recompute(ParallelModel& out, const Request& r) {
-  out.recompute_blocks = recipe_of(r).recompute.mode == "block";
+  const recipe::Recompute& recompute = recipe_of(r).recompute;
+  out.recompute_blocks = recompute.mode == "block";
+  if (recipe_of(r).offload_activations)
+    out.activation_offload = std::make_unique<ActivationOffload>();
 }
 
 // Groups of tensor ranks that hold the same part of a parameter, by their size. Every rank makes
@@ -212,7 +215,8 @@ void build_blocks(ParallelModel& out, const Request& r) {
   const nn::ModelOptions options{.compute = scalar_type_of(r.plan.precision.compute),
                                  .residual = scalar_type_of(r.plan.precision.residual),
                                  .expert_ranks = r.mesh.size(plan::Axis::kEp),
-                                 .expert_rank = r.mesh.index(plan::Axis::kEp)};
+                                 .expert_rank = r.mesh.index(plan::Axis::kEp),
+                                 .remade = plan::remade_parts(recipe_of(r).recompute)};
   out.model = nn::build_model(r.model.shape, options, [&](const std::string& name) {
     const auto& table = r.model.table();
     const bool exists = std::any_of(table.begin(), table.end(),

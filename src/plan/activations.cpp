@@ -14,6 +14,9 @@ namespace {
 
 using Part = ActivationTerm::Part;
 
+// Phases of the backward of a layer.
+enum Phase { kDownWeight, kDownInput, kActivation, kGateUp, kAttention, kQkv };
+
 struct Widths {
   int64_t hidden, ffn, query, key_value, heads, vocab, head_size;
 };
@@ -32,6 +35,14 @@ struct TermTable {
   void add(Part part, const char* name, int64_t elements, DType dtype) {
     const int64_t bytes = saturating_multiply(elements, static_cast<int64_t>(size_of(dtype)));
     if (bytes > 0) terms.push_back({part, phase, name, allocation_bytes(bytes)});
+  }
+  // A saved tensor; where it is made again, it is there in some phases of the backward only.
+  void save(bool remade, int first_phase, int last_phase, const char* name, int64_t elements,
+            DType dtype) {
+    if (!remade) return add(Part::kLayer, name, elements, dtype);
+    for (phase = first_phase; phase <= last_phase; ++phase)
+      add(Part::kLayerWorkspace, name, elements, dtype);
+    phase = 0;
   }
   // For all tokens of the rank, and for those that it keeps between tensor-parallel layers.
   void per_token(Part part, const char* name, int64_t width, DType dtype) {
@@ -66,20 +77,28 @@ int64_t attended_width(const Widths& w, const ActivationQuery& q) {
 
 void add_saved_by_layer(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType compute = q.compute, residual = q.residual, statistics = statistics_dtype(compute);
+  const RemadeParts& again = q.remade;
+  const auto attention = [&](const char* name, int64_t width, DType dtype) {
+    t.save(again.attention, kAttention, kQkv, name, saturating_multiply(q.tokens, width), dtype);
+  };
+  const auto mlp = [&](const char* name, int64_t width) {
+    t.save(again.mlp, kDownWeight, kGateUp, name, saturating_multiply(q.tokens, width), compute);
+  };
+  const auto norm = [&](int first, int last, const char* name) {
+    t.save(again.norm, first, last, name, saturating_multiply(t.kept_tokens(), w.hidden), compute);
+  };
   t.per_kept(Part::kLayer, "residual at the attention norm", w.hidden, residual);
   t.per_kept(Part::kLayer, "attention norm, scale", 1, statistics);
-  t.per_kept(Part::kLayer, "attention norm, output", w.hidden, compute);
-  t.per_token(Part::kLayer, "query, key, value after RoPE", attended_width(w, q), compute);
-  t.per_token(Part::kLayer, "attention output", w.query, compute);
-  if (q.context > 1 && q.all_to_all)
-    t.per_token(Part::kLayer, "attention output, own heads", w.query, compute);
-  t.per_token(Part::kLayer, "attention log-sum-exp", w.heads, statistics);
+  norm(again.attention ? kAttention : kQkv, kQkv, "attention norm, output");
+  attention("query, key, value after RoPE", attended_width(w, q), compute);
+  attention("attention output", w.query, compute);
+  if (q.context > 1 && q.all_to_all) attention("attention output, own heads", w.query, compute);
+  attention("attention log-sum-exp", w.heads, statistics);
   t.per_kept(Part::kLayer, "residual at the feed-forward norm", w.hidden, residual);
   t.per_kept(Part::kLayer, "feed-forward norm, scale", 1, statistics);
-  t.per_kept(Part::kLayer, "feed-forward norm, output", w.hidden, compute);
-  t.per_token(Part::kLayer, "gate and up", 2 * w.ffn, compute);
-  t.per_token(Part::kLayer, "gate x up", w.ffn, compute);
-  t.per_kept(Part::kLayer, "layer output, not yet added", w.hidden, compute);
+  norm(again.mlp ? kDownWeight : kGateUp, kGateUp, "feed-forward norm, output");
+  mlp("gate and up", 2 * w.ffn);
+  mlp("gate x up", w.ffn);
   t.per_kept(Part::kBlockInput, "residual at the feed-forward norm", w.hidden, residual);
   t.per_kept(Part::kBlockInput, "layer output, not yet added", w.hidden, compute);
 }
@@ -108,30 +127,29 @@ void add_column_gradient(TermTable& t, const Widths& w, const ActivationQuery& q
   if (q.samples > 1) t.per_token(kPart, "input gradient by ranks", w.hidden, q.compute);
 }
 
-// The backward of a layer begins with the feed-forward part. The layer's output went away when its
-// gradient was made. Weight gradients of another type than the buffer's are made apart, then added.
+// The backward of a layer begins with the feed-forward part. Weight gradients of another type than
+// the buffer's are made apart, then added.
 void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
   constexpr Part kPart = Part::kLayerWorkspace;
   const bool adds_apart = q.compute != q.gradients;
   const auto begin = [&](int phase, bool needs_output_gradient) {
     t.phase = phase;
     t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
-    t.release("layer output, free", w.hidden, q.compute, true);
     if (!needs_output_gradient) return;
     if (q.compute != q.residual)  // else the two are one tensor
       t.per_kept(kPart, "gradient of the layer output", w.hidden, q.compute);
     if (t.cuts_sequence())
       t.per_token(kPart, "gradient of the layer output, gathered", w.hidden, q.compute);
   };
-  begin(0, true);  // down projection, weight
+  begin(kDownWeight, true);  // down projection, weight
   if (adds_apart) t.add(kPart, "gradient of down, to be added", w.ffn * w.hidden, q.compute);
-  begin(1, true);  // down projection, input
+  begin(kDownInput, true);  // down projection, input
   t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
-  begin(2, false);  // gate x up
+  begin(kActivation, false);  // gate x up
   t.release("gate x up, free", w.ffn, q.compute);
   t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
   t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
-  begin(3, false);  // gate and up projections; their gradient takes the place of gate and up
+  begin(kGateUp, false);  // gate and up projections; their gradient takes the place of gate and up
   t.release("gate x up, free", w.ffn, q.compute);
   if (q.tensor > 1) add_column_gradient(t, w, q);
   if (adds_apart)
@@ -157,20 +175,19 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
     t.phase = phase;
     t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
     if (q.compute != q.residual) t.per_kept(kPart, "gradient of its sum", w.hidden, q.compute);
-    t.release("layer output, free", w.hidden, q.compute, true);
-    t.release("gate and up, free", 2 * w.ffn, q.compute);
-    t.release("gate x up, free", w.ffn, q.compute);
-    t.release("feed-forward norm, free", w.hidden, q.compute, true);
+    if (!q.remade.mlp) t.release("gate and up, free", 2 * w.ffn, q.compute);
+    if (!q.remade.mlp) t.release("gate x up, free", w.ffn, q.compute);
+    if (!q.remade.norm) t.release("feed-forward norm, free", w.hidden, q.compute, true);
     t.release("residual at the feed-forward norm, free", w.hidden, q.residual, true);
   };
   const int64_t width = w.query + 2 * w.key_value, attended = attended_width(w, q);
-  begin(4);  // attention
+  begin(kAttention);  // attention
   t.per_token(kPart, "gradient of the attention output", w.query, q.compute);
   if (q.context > 1 && !q.all_to_all)
     add_ring_buffers(t, w, q);
   else
     t.per_token(kPart, "gradient of query, key, value", attended, q.compute);
-  begin(5);  // projection of query, key, value
+  begin(kQkv);  // projection of query, key, value
   t.release("attention, free", attended + w.query, q.compute);
   if (q.context > 1 && q.all_to_all)  // back to all heads
     t.per_token(kPart, "gradients by ranks, leaving, arriving", 3 * attended, q.compute);

@@ -109,6 +109,8 @@ ForwardFlops forward_flops(const ModelShape& shape, int64_t sequence_length) {
   ForwardFlops flops;
   flops.linear = 2 * layers * hidden * (2 * query + 2 * key_value + 3 * ffn);
   flops.attention = layers * 4 * query * mean_keys(sequence_length, shape.sliding_window);
+  flops.again_attention = 2 * layers * hidden * (query + 2 * key_value) + flops.attention;
+  flops.again_mlp = 2 * layers * hidden * 2 * ffn;
   flops.head = 2 * hidden * static_cast<double>(shape.vocab_size);
   return flops;
 }

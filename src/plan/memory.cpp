@@ -40,6 +40,7 @@ ActivationQuery activation_query(const Plan& plan) {
   query.tensor = grid.tp;
   query.context = grid.cp;
   query.all_to_all = plan.resolved.parallel.context.method == "all_to_all";
+  query.remade = remade_parts(plan.resolved.parallel.recompute);
   return query;
 }
 

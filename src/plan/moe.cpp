@@ -98,8 +98,9 @@ ForwardFlops forward_flops(const ModelShape& shape, int64_t sequence_length) {
       3.0 * static_cast<double>(e.per_token) * static_cast<double>(e.intermediate_size) +
       3.0 * static_cast<double>(e.shared_intermediate_size) + static_cast<double>(e.count) +
       (e.shared_gate ? 1.0 : 0.0);
-  flops.linear += 2.0 * static_cast<double>(shape.num_hidden_layers) *
-                  static_cast<double>(shape.hidden_size) * features;
+  flops.again_mlp = 2.0 * static_cast<double>(shape.num_hidden_layers) *
+                    static_cast<double>(shape.hidden_size) * features;
+  flops.linear += flops.again_mlp;
   return flops;
 }
 

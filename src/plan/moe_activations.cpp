@@ -15,6 +15,9 @@ namespace {
 
 using Part = ActivationTerm::Part;
 
+// Phases of the backward, after those of llama's layer.
+constexpr int kFirstPhase = 8, kLastPhase = 11;
+
 DType statistics_dtype(DType compute) {
   return compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
 }
@@ -62,10 +65,9 @@ void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, 
   const auto begin = [&](int phase) {
     t.phase = phase;
     t.add("gradient of the residual", q.tokens, hidden, q.residual);
-    t.release("layer output, free", q.tokens, hidden, q.compute);
     if (q.compute != q.residual) t.add("gradient of the layer output", q.tokens, hidden, q.compute);
   };
-  begin(8);
+  begin(kFirstPhase);
   t.add("gradient of the experts' output", rows, hidden, q.compute);
   begin(9);
   t.release("experts, output, free", rows, hidden, q.compute);
@@ -77,7 +79,7 @@ void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, 
   t.release("experts, gate x up, free", rows, ffn, q.compute);
   t.add("experts, gradient of gate x up", rows, ffn, q.compute);
   t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
-  begin(11);
+  begin(kLastPhase);
   t.release("experts, output, free", rows, hidden, q.compute);
   t.release("experts, gate x up, free", rows, ffn, q.compute);
   t.release("experts, gate and up, free", rows, 2 * ffn, q.compute);
@@ -95,7 +97,15 @@ ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQu
   const size_t before = bytes.terms.size();
   const int64_t rows = saturating_multiply(query.tokens, shape.experts.per_token);
   Terms terms{bytes.terms};
-  add_saved(terms, shape, query, rows);
+  for (terms.phase = kFirstPhase; terms.phase <= kLastPhase; ++terms.phase) {
+    terms.part = Part::kLayerWorkspace;
+    if (query.remade.norm)
+      terms.add("feed-forward norm, output", query.tokens, shape.hidden_size, query.compute);
+    if (query.remade.mlp) add_saved(terms, shape, query, rows);
+  }
+  terms.phase = 0;
+  terms.part = Part::kLayer;
+  if (!query.remade.mlp) add_saved(terms, shape, query, rows);
   terms.part = Part::kLayerWorkspace;
   add_workspace(terms, shape, query, rows);
   std::map<int, int64_t> phases;

@@ -25,12 +25,15 @@ RankReport report_rank(const Plan& plan, int rank) {
   });
   const double tokens = static_cast<double>(plan.batch.samples_per_rank) *
                         static_cast<double>(plan.batch.sequence_length) / (sizes.cp * sizes.tp);
-  const double in_layers = tokens * static_cast<double>(layers) *
-                           (forward.linear + forward.attention) /
-                           static_cast<double>(shape.num_hidden_layers);
+  const double layer_tokens =
+      tokens * static_cast<double>(layers) / static_cast<double>(shape.num_hidden_layers);
+  const double in_layers = layer_tokens * (forward.linear + forward.attention);
   const bool scores = layout.blocks.back() == shape.head_block();
   report.flops = 3 * (in_layers + (scores ? tokens * forward.head : 0));
+  const RemadeParts remade = remade_parts(plan.resolved.parallel.recompute);
   if (plan.resolved.parallel.recompute.mode == "block") report.flops_again = in_layers;
+  if (remade.attention) report.flops_again += layer_tokens * forward.again_attention;
+  if (remade.mlp) report.flops_again += layer_tokens * forward.again_mlp;
   report.memory = report_memory(plan, rank);
   report.traffic = predict_traffic(plan, rank);
   return report;

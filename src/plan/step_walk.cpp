@@ -109,11 +109,10 @@ class StepWalk {
       case Op::kReceiveGradient:
         saved_ += boundary_;
         return visit(0);
-      case Op::kSendGradient:  // the buffer is kept until it has been received
-        visit(0);
-        saved_ -= boundary_;
-        return;
-      case Op::kSendActivation:
+      case Op::kSendGradient:
+      case Op::kSendActivation:  // the buffer is let go at the next send, received by then
+        saved_ -= std::exchange(sent_, boundary_);
+        return visit(0);
       case Op::kReduce:
       case Op::kStep:
         return;
@@ -128,20 +127,22 @@ class StepWalk {
     return plan_.schedule.rank_of[static_cast<size_t>(stage)] != pipeline_rank_;
   }
 
-  // What a block keeps from its forward to its backward. Its input from another stage is its
-  // residual, or lies beside it where the block is run again.
+  // The input of a layer that is run again.
+  [[nodiscard]] int64_t input_of(int chunk, int block) const {
+    if (block == layout_.chunks[static_cast<size_t>(chunk)].front() || block == 1) return boundary_;
+    return bytes_.block_input;
+  }
+
+  // What a block keeps from its forward to its backward. A layer that is run again keeps its input,
+  // counted by the block that made it, or by the layer where another stage did.
   [[nodiscard]] int64_t kept_by(int chunk, int block) const {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
-    const int stage = stage_of(chunk);
-    const bool ends = block == blocks.back();
     if (block == head_) return bytes_.saved_head;
-    if (block == 0) return again_ || ends ? boundary_ : bytes_.saved_embedding;
-    int64_t kept = again_ ? bytes_.block_input : bytes_.saved_per_layer;
-    if (ends) {  // the sum of both streams leaves instead
-      kept -= again_ ? bytes_.block_input : layer_output_;
-      if (is_remote(stage + 1) || again_) kept += boundary_;
-    }
-    if (again_ && block == blocks.front() && is_remote(stage - 1)) kept += boundary_;
+    if (!again_) return block == 0 ? bytes_.saved_embedding : bytes_.saved_per_layer;
+    const bool is_input_of_layer = block != blocks.back() && is_layer(block + 1);
+    int64_t kept = 0;
+    if (is_input_of_layer) kept = block == 0 ? boundary_ : bytes_.block_input;
+    if (is_layer(block) && block == blocks.front() && stage_of(chunk) > 0) kept += boundary_;
     return kept;
   }
 
@@ -188,7 +189,7 @@ class StepWalk {
   void forward(int chunk) {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
     const int stage = stage_of(chunk);
-    if (stage > 0 && is_remote(stage - 1)) saved_ -= boundary_;  // counted by the first block
+    if (stage > 0) saved_ -= boundary_;  // counted by the first block
     for (size_t i = 0; i < blocks.size(); ++i) {
       const int block = blocks[i];
       arriving_ = 0;
@@ -196,9 +197,19 @@ class StepWalk {
       prefetch(blocks, i, +1);
       saved_ += kept_by(chunk, block);
       if (block == head_) collect(block);  // the head makes its gradients at once
-      visit(block == head_ ? bytes_.head_workspace : 0);
+      visit(forward_workspace(block));
       close(block);
     }
+    if (stage + 1 < plan_.schedule.stages) saved_ += boundary_;  // to be sent or handed over
+  }
+
+  // Offloaded activations are here twice while their block runs (on CPU ranks both are host
+  // memory).
+  [[nodiscard]] int64_t forward_workspace(int block) const {
+    // Both streams that the last norm adds; the residual is saved where layers keep theirs.
+    if (block == head_) return bytes_.head_workspace + layer_output_ + (again_ ? boundary_ : 0);
+    const bool copies = plan_.resolved.parallel.offload_activations && is_layer(block);
+    return copies ? bytes_.saved_per_layer : 0;
   }
 
   void backward(int chunk, bool defer_weights) {
@@ -211,7 +222,7 @@ class StepWalk {
       if (block > 0) gather(block);
       if (!defer_weights) collect(block);
       const int64_t kept = kept_by(chunk, block);
-      if (is_layer(block)) visit_layer(kept);
+      if (is_layer(block)) visit_layer(kept, again_ ? input_of(chunk, block) : 0);
       if (block == 0) visit(boundary_ + gathered_residual_);
       saved_ -= kept;
       if (defer_weights) saved_ += put_off(block);
@@ -222,9 +233,9 @@ class StepWalk {
     if (stage > 0) saved_ += boundary_;  // the gradient of its input
   }
 
-  void visit_layer(int64_t kept) {
+  void visit_layer(int64_t kept, int64_t input) {
     const int64_t before = saved_;
-    if (again_) saved_ += bytes_.saved_per_layer - kept;
+    if (again_) saved_ += bytes_.saved_per_layer - kept - input;  // the input is let go by then
     visit(bytes_.layer_workspace);
     saved_ = before;
   }
@@ -276,6 +287,7 @@ class StepWalk {
   std::vector<std::vector<size_t>> of_block_;
   int64_t boundary_ = 0, layer_output_ = 0;             // between stages; between layers
   int64_t gathered_input_ = 0, gathered_residual_ = 0;  // 0 unless rows are cut
+  int64_t sent_ = 0;                                    // by the last send
   int64_t saved_ = 0, values_ = 0, gradients_ = 0;      // now
   int64_t staging_ = 0, pending_ = 0, arriving_ = 0;
   size_t next_pass_ = 0;

@@ -14,7 +14,8 @@ namespace {
 // What one micro-batch of a block does, and how often.
 struct Runs {
   int64_t forwards = 0, backwards = 0;
-  bool trains = true;  // weight gradients are made
+  bool trains = true;                          // weight gradients are made
+  int64_t attention_again = 0, mlp_again = 0;  // forwards of these parts by selective recompute
 };
 
 class BlockCount {
@@ -42,10 +43,13 @@ class BlockCount {
     // Projections into and out of split features: attention, and the MLP or the shared expert.
     const bool has_mlp = shape_.experts.count == 0 || shape_.experts.shared_intermediate_size > 0;
     const int64_t pairs = has_mlp ? 2 : 1, row = shape_.hidden_size * compute_;
+    const int64_t mlp_again = has_mlp ? runs.mlp_again : 0;
     sum(pairs * runs.forwards, row);   // out
     sum(pairs * runs.backwards, row);  // the gradient of what went in
+    // The experts are one part to the end, the shared expert with them.
+    if (shape_.experts.count > 0) sum(mlp_again, row);
     if (sequence_) {
-      gather(pairs * runs.forwards, row);                    // in
+      gather(pairs * runs.forwards + runs.attention_again + mlp_again, row);  // in
       gather(pairs * runs.backwards, row);                   // the gradient of what came out
       if (runs.trains) gather(pairs * runs.backwards, row);  // the input again
     }
@@ -93,13 +97,13 @@ class BlockCount {
     };
     if (plan_.resolved.parallel.context.method == "all_to_all") {
       const int64_t own = queries / cp, own_keys = std::max<int64_t>(1, keys / cp);
-      const int64_t calls = runs.forwards + runs.backwards;
+      const int64_t calls = runs.forwards + runs.attention_again + runs.backwards;
       count_.add(Axis::kCp, "all_to_all", calls, cp * bytes_of(own + 2 * own_keys, compute_));
       count_.add(Axis::kCp, "all_to_all", calls, cp * bytes_of(own, compute_));
       return;
     }
     for (const char* op : {"send", "recv"}) {
-      count_.add(Axis::kCp, op, (cp - 1) * (runs.forwards + runs.backwards),
+      count_.add(Axis::kCp, op, (cp - 1) * (runs.forwards + runs.attention_again + runs.backwards),
                  bytes_of(2 * keys, compute_));
       // Gradients of keys and values travel one hop more, home.
       count_.add(Axis::kCp, op, cp * runs.backwards, bytes_of(2 * keys, wide_));
@@ -109,7 +113,7 @@ class BlockCount {
   // Rows for the experts as if the load were even: who gets how many is decided by the router.
   void experts(const Runs& runs) {
     const int64_t row = shape_.hidden_size * compute_;
-    const int64_t calls = runs.forwards + runs.backwards;
+    const int64_t calls = runs.forwards + runs.mlp_again + runs.backwards;
     int64_t tokens = kept_;
     if (!sequence_ && sizes_.tp > 1) {  // the ranks of the tensor axis share the tokens out
       tokens = (tokens_ + sizes_.tp - 1) / sizes_.tp;
@@ -140,6 +144,7 @@ void count_blocks(TrafficCount& count) {
     return std::find(frozen.begin(), frozen.end(), block) == frozen.end();
   };
   const bool again = plan.resolved.parallel.recompute.mode == "block";
+  const RemadeParts remade = remade_parts(plan.resolved.parallel.recompute);
   const int64_t micro_batches = plan.batch.micro_batches;
   BlockCount blocks(count);
   for (const auto& chunk : count.layout.chunks) {
@@ -149,8 +154,9 @@ void count_blocks(TrafficCount& count) {
       const bool learns =
           trains(block) || (block == head && trains(0) && plan.model().shape.tie_word_embeddings);
       has_gradient = has_gradient || learns;
-      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), has_gradient ? micro_batches : 0,
-                      learns};
+      const int64_t backwards = has_gradient ? micro_batches : 0;
+      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), backwards, learns,
+                      remade.attention ? backwards : 0, remade.mlp ? backwards : 0};
       if (block == 0) blocks.embedding(runs);
       if (is_layer) blocks.layer(runs);
       if (block == head) blocks.head(runs);

@@ -280,10 +280,15 @@ void add_parallel_keys(std::vector<Key>& t) {
           .free());
   t.push_back(KEY(parallel.zero.offload, "What is kept in host memory.").choice().free());
   t.push_back(KEY(parallel.recompute.mode, "What the backward computes again.").choice().free());
-  t.push_back(KEY(parallel.recompute.parts, "Parts of a layer for mode selective.")
+  t.push_back(KEY(parallel.recompute.parts,
+                  "Mode selective: parts of a layer that keep only their input. norm: made again "
+                  "from the residual stream.")
                   .choice()
-                  .free()
-                  .later("selective recomputation"));
+                  .free());
+  t.push_back(KEY(parallel.offload_activations,
+                  "What layers keep for the backward waits in host memory; on cpu ranks that saves "
+                  "nothing.")
+                  .free());
   t.push_back(
       KEY(parallel.bucket_mib, "Size of a gradient bucket.").range(1, 65536).unit("MiB").free());
 }

@@ -24,7 +24,7 @@ const std::vector<ChoiceKey>& choice_keys() {
       {"parallel.context.method", {"ring", "all_to_all"}, {}},
       {"parallel.zero.reduce", {"auto", "step", "micro_batch"}, {}},
       {"parallel.zero.offload", {"none", "optimizer", "all"}, {}},
-      {"parallel.recompute.mode", {"none", "block"}, {"selective"}},
+      {"parallel.recompute.mode", {"none", "block", "selective"}, {}},
       {"parallel.recompute.parts", {"attention", "mlp", "norm"}, {}},
       {"checkpoint.verify", {"full", "fast"}, {}},
   };

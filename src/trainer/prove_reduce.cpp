@@ -316,7 +316,11 @@ std::string describe_layout(const recipe::Recipe& recipe, int ranks) {
             ? fmt::format(" (ZeRO {}, {} shards{})", p.zero.stage, p.zero.shard_size.value_or(data),
                           p.zero.offload == "none" ? "" : ", offload " + p.zero.offload)
             : ""));
-  if (p.recompute.mode != "none") parts.push_back("recompute " + p.recompute.mode);
+  if (p.recompute.mode != "none")
+    parts.push_back("recompute " + (p.recompute.mode == "block"
+                                        ? "of blocks"
+                                        : "of " + join(p.recompute.parts, ", ")));
+  if (p.offload_activations) parts.push_back("activations offloaded");
   if (parts.empty()) return fmt::format("{} rank{}", ranks, ranks == 1 ? "" : "s");
   return fmt::format("{} on {} rank{}", join(parts, ", "), ranks, ranks == 1 ? "" : "s");
 }

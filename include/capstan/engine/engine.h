@@ -85,6 +85,8 @@ struct EngineHooks {
   std::function<void(const char* what, int index)> trace;
   // Before and after a bucket's gradients are summed over ranks; may write to them.
   std::function<void(int bucket, const Tensor&gradients)> before_reduce, after_reduce;
+  // What experts report in the forward passes of a step, before any sum over ranks.
+  parallel::ExpertBalance::Listener experts;
 };
 
 struct EngineOptions {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "capstan/nn/seams.h"
+#include "capstan/plan/recompute.h"
 #include "capstan/plan/shape.h"
 
 namespace capstan::nn {
@@ -60,6 +61,12 @@ struct Model {
   std::unique_ptr<Head> head;                  // last block
 };
 
+// part(context, x); with `again` its ops keep nothing and run once more in the backward, with
+// Mode::kRecompute and without statistics (ops/keep.h). What `part` refers to must live as long as
+// the pass.
+using LayerPart = std::function<Tensor(const Context& context, const Tensor& x)>;
+[[nodiscard]] Tensor run_part(bool again, const Context& context, const Tensor& x, LayerPart part);
+
 using FindParam = std::function<Param(const std::string& name)>;
 struct ModelOptions {
   at::ScalarType compute;
@@ -67,6 +74,7 @@ struct ModelOptions {
   // Of the experts of every layer this rank holds part `expert_rank` of `expert_ranks` equal parts;
   // the others are not looked for.
   int expert_ranks = 1, expert_rank = 0;
+  plan::RemadeParts remade;
 };
 using ModelBuilder =
     std::function<Model(const plan::ModelShape&, const ModelOptions&, const FindParam&)>;

@@ -13,9 +13,14 @@ struct AddRmsNorm {
   Tensor normed;    // hidden's dtype (compute)
 };
 
+// Whether ops that save the normed output keep it, or have it made again from the residual stream,
+// which is kept either way.
+enum class NormOutput { kKept, kRemade };
+
 // residual [..., D]; hidden [..., D] in compute dtype, or undefined: nothing to add. Sums of
 // squares and the scale are fp32 (fp64 for fp64). The inputs stay as they are.
 [[nodiscard]] AddRmsNorm add_rms_norm(const Tensor& residual, const Tensor& hidden,
-                                      const Param& weight_D, double eps);
+                                      const Param& weight_D, double eps,
+                                      NormOutput output = NormOutput::kKept);
 
 }  // namespace capstan::ops

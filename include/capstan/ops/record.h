@@ -20,9 +20,15 @@ using Tensors = std::vector<Tensor>;
 // Gets the saved tensors and one gradient per output (undefined where the output was not used);
 // returns one gradient, or an undefined tensor, per input. It may capture numbers, Params and
 // tensors that are no part of the graph (positions); what belongs to the graph goes through
-// `saved`, so that saved-tensor hooks see it and it is freed after the backward. The gradients are
-// the closure's to keep: moved out of the vector and owned alone they may be written in place.
+// `saved`, so that it may be kept elsewhere (keep.h) and is freed after the backward. The gradients
+// are the closure's to keep: moved out of the vector and owned alone they may be written in place.
 using Backward = std::function<Tensors(const Tensors& saved, Tensors& grads)>;
+
+// Makes an output again from the saved tensors. Nodes that save the output keep nothing of it.
+struct Remake {
+  size_t output = 0;
+  std::function<Tensor(const Tensors& saved)> make;
+};
 
 struct NodeSpec {
   const char* name = "";
@@ -30,6 +36,7 @@ struct NodeSpec {
   std::vector<Param> params;  // weights the backward reads or accumulates into
   Tensors saved;              // may contain inputs, outputs and undefined tensors
   Backward backward;
+  Remake remake = {};
 };
 
 // Attaches the node to `outputs` (fresh tensors, or detached aliases of inputs). Does nothing when

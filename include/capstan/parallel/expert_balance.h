@@ -7,8 +7,10 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "capstan/comm/communicator.h"
@@ -39,6 +41,10 @@ class ExpertBalance final : public param::StatSink {
 
   void add(const char* name, int layer, const at::Tensor& value) override;
   [[nodiscard]] bool wants(const char* name) const override;
+  // Sees every report of a pass, with the state that the layer's router chose by.
+  using Listener = std::function<void(const char* name, int layer, const at::Tensor& value,
+                                      const param::RouterState& state)>;
+  void listen(Listener listener) { listener_ = std::move(listener); }
   // Entropy costs a pass over the scores; off unless wanted.
   void want_entropy(bool wanted) { wants_entropy_ = wanted; }
 
@@ -61,6 +67,7 @@ class ExpertBalance final : public param::StatSink {
   std::vector<int> layers_;
   std::vector<param::RouterState> states_;  // by layer of the model
   at::Tensor sums_LX_;                      // fp64: tokens of each expert, then the single numbers
+  Listener listener_;
   bool wants_entropy_ = false;
 };
 

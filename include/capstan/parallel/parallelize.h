@@ -9,6 +9,7 @@
 
 #include "capstan/mesh/mesh.h"
 #include "capstan/nn/model.h"
+#include "capstan/parallel/activation_offload.h"
 #include "capstan/parallel/expert_balance.h"
 #include "capstan/parallel/flat_store.h"
 #include "capstan/parallel/gradient_buckets.h"
@@ -36,8 +37,9 @@ struct ParallelModel {
   PipelineLinks links;
   std::unique_ptr<nn::Seams> seams;
   bool recompute_blocks = false;  // a layer keeps its input and runs again in the backward
+  std::unique_ptr<ActivationOffload> activation_offload;  // where the recipe wants it
   std::unique_ptr<WeightQueue> queue;
-  std::unique_ptr<ExpertBalance> balance;  // models with experts
+  std::unique_ptr<ExpertBalance> balance;          // models with experts
   std::vector<std::unique_ptr<FlatStore>> stores;  // in block order
   std::vector<std::vector<int>> stores_of_block;   // whose values a block reads (tied head: two)
   std::vector<plan::GradientPass> passes;          // store i holds RankLayout::buffers[i]

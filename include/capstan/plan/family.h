@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "capstan/base/dtype.h"
+#include "capstan/plan/recompute.h"
 #include "capstan/plan/shape.h"
 
 namespace capstan::plan {
@@ -68,6 +69,8 @@ struct ForwardFlops {
   double linear = 0;     // all matrix products with weights except the head
   double attention = 0;  // scores and values
   double head = 0;
+  // Of linear and attention, what selective recompute of a part runs once more.
+  double again_attention = 0, again_mlp = 0;
   [[nodiscard]] double total() const { return linear + attention + head; }
 };
 
@@ -90,6 +93,7 @@ struct ActivationQuery {
   int64_t kept_tokens = 0;  // of them outside of tensor-parallel layers; 0 = all
   int tensor = 1, context = 1;
   bool all_to_all = false;  // context by all-to-all instead of ring
+  RemadeParts remade;       // counted as workspace while they are back
 };
 // One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
 struct ActivationTerm {

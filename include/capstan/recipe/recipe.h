@@ -153,6 +153,7 @@ struct Parallel {
   int64_t expert = 1;
   Zero zero;
   Recompute recompute;
+  bool offload_activations = false;
   int64_t bucket_mib = 25;
 };
 

@@ -10,6 +10,7 @@
 
 #include "capstan/base/error.h"
 #include "capstan/comm/threads.h"
+#include "capstan/ops/router.h"
 #include "ranks/engine_fixture.h"
 #include "support/run_ranks.h"
 
@@ -70,6 +71,22 @@ std::vector<engine::MicroBatch> batches_of(const Engine& engine, int rank, int64
                                        step);
 }
 
+// Keeps the smallest margin of a router's choice.
+engine::EngineHooks watch_choices(const plan::Plan& plan, double& margin) {
+  const plan::ExpertShape& experts = plan.model().shape.experts;
+  const ops::RouterSpec spec{.per_token = experts.per_token,
+                             .sigmoid = experts.router == "sigmoid",
+                             .groups = experts.groups,
+                             .groups_per_token = experts.groups_per_token};
+  engine::EngineHooks hooks;
+  hooks.experts = [spec, &margin](const char* name, int, const at::Tensor& value,
+                                  const param::RouterState& state) {
+    if (std::string_view(name) == "router_scores")
+      margin = std::min(margin, ops::choice_margin(value, state.bias_E, spec));
+  };
+  return hooks;
+}
+
 double evaluate(Engine& engine, int rank) {
   for (const auto& batch : batches_of(engine, rank, 1000)) engine.evaluate(batch);
   return engine.report_eval().loss();
@@ -93,7 +110,7 @@ ReferenceRun run_reference(const LayoutCase& layout, int steps) {
   const plan::Plan plan = make_case_plan(layout.one_rank());
   run_ranks(1, [&](comm::Communicator world) {
     mesh::Mesh mesh(world, plan.grid);
-    Engine engine(plan, mesh);
+    Engine engine(plan, mesh, {.hooks = watch_choices(plan, run.margin)});
     const auto objective = engine::make_next_token_objective();
     for (int step = 0; step < steps; ++step)
       run.reports.push_back(engine.step(batches_of(engine, 0, step), *objective));

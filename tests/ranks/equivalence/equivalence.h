@@ -5,6 +5,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -17,6 +18,7 @@ namespace capstan::test {
 struct ReferenceRun {
   std::vector<engine::StepReport> reports;
   double eval_loss = 0;
+  double margin = INFINITY;                 // by which the closest choice of an expert was made
   std::map<std::string, at::Tensor> state;  // "kind/name" -> whole tensor
 };
 

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kSteps = 4;
 constexpr double kBar = 1e-9;  // fp64
+// Closer choices of experts may turn with the order of sums: such a case is drawn again.
+constexpr double kClosestChoice = 1e-9;
 
 int64_t number_from(const char* variable, int64_t otherwise) {
   const char* text = std::getenv(variable);
@@ -41,23 +43,39 @@ void print_coverage(const std::vector<LayoutCase>& cases, size_t pairs) {
   }
 }
 
+class References {
+ public:
+  const ReferenceRun& of(const LayoutCase& layout) {
+    auto found = runs_.find(layout.model_key());
+    if (found == runs_.end())
+      found = runs_.emplace(layout.model_key(), run_reference(layout, kSteps)).first;
+    closest_ = std::min(closest_, found->second.margin);
+    return found->second;
+  }
+  [[nodiscard]] double closest_choice() const { return closest_; }
+
+ private:
+  std::map<std::string, ReferenceRun> runs_;
+  double closest_ = INFINITY;
+};
+
 TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
   const auto count = static_cast<int>(number_from("CAPSTAN_LAYOUTS", 300));
   const auto seed = static_cast<uint64_t>(number_from("CAPSTAN_LAYOUT_SEED", 20));
   std::vector<Pair> pairs;
-  const std::vector<LayoutCase> cases = draw_cases(seed, count, &pairs);
-  std::map<std::string, ReferenceRun> references;
+  std::vector<LayoutCase> cases = draw_cases(seed, count, &pairs);
+  std::mt19937_64 redraws(seed + 1);
+  References references;
   std::map<std::string, int> wide;
   double worst = 0;
-  int three_axes = 0, failed = 0;
-  for (const LayoutCase& layout : cases) {
-    auto found = references.find(layout.model_key());
-    if (found == references.end())
-      found = references.emplace(layout.model_key(), run_reference(layout, kSteps)).first;
-    const Comparison result = compare_layout(layout, found->second, kSteps);
+  int three_axes = 0, failed = 0, redrawn = 0;
+  for (LayoutCase& layout : cases) {
+    for (; references.of(layout).margin < kClosestChoice; ++redrawn)
+      layout = draw_case(redraws, {{"family", "moe"}}, 1000).value();
+    const Comparison result = compare_layout(layout, references.of(layout), kSteps);
     worst = std::max(worst, result.error());
     three_axes += layout.wide_axes() >= 3;
-    for (const char* axis : {"tp", "pp", "cp", "dp_replicate", "dp_shard", "zero"})
+    for (const char* axis : {"tp", "pp", "cp", "ep", "dp_replicate", "dp_shard", "zero", "chunks"})
       wide[axis] += layout.number(axis) > (std::string_view(axis) == "zero" ? 0 : 1);
     if (result.error() <= kBar) continue;
     ADD_FAILURE() << layout.describe() << "\n  loss " << result.loss << ", norm " << result.norm
@@ -67,7 +85,11 @@ TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
     if (++failed >= number_from("CAPSTAN_LAYOUT_FAILURES", 5)) break;
   }
   print_coverage(cases, pairs.size());
-  fmt::print("worst error {:.2e}; {} layouts with three axes above 1\n", worst, three_axes);
+  fmt::print(
+      "worst error {:.2e}; {} layouts with three axes above 1; {} redrawn for choices closer "
+      "than {:.0e} (the closest was {:.1e})\n",
+      worst, three_axes, redrawn, kClosestChoice, references.closest_choice());
+  EXPECT_LE(redrawn, std::max(1, count / 100));
   if (count < 300) return;
   EXPECT_GE(three_axes, 100);
   for (const auto& [axis, times] : wide) EXPECT_GE(times, 40) << axis << " above one";

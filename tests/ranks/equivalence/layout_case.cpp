@@ -50,7 +50,7 @@ const std::map<std::string, std::string>& keys() {
       {"reduce", "parallel.zero.reduce"},
       {"reshard", "parallel.zero.reshard_after_forward"},
       {"offload", "parallel.zero.offload"},
-      {"recompute", "parallel.recompute.mode"},
+      {"activations", "parallel.offload_activations"},
       {"micro", "batch.micro_samples"},
   };
   return table;
@@ -125,7 +125,8 @@ const std::vector<LayoutAxis>& layout_axes() {
       {"reduce", {"step", "micro_batch"}},
       {"reshard", {"true", "false"}},
       {"offload", {"none", "optimizer", "all"}},
-      {"recompute", {"none", "block"}},
+      {"recompute", {"none", "block", "attention", "mlp", "norm", "attention,mlp,norm"}},
+      {"activations", {"false", "true"}},
       {"micro", {"1", "2"}},
   };
   return axes;
@@ -141,6 +142,10 @@ std::vector<std::string> LayoutCase::overrides() const {
   const int data = number("dp_replicate") * number("dp_shard");
   list.push_back("parallel.data=" + std::to_string(data));
   list.push_back("precision.compute=" + compute);
+  const std::string& recompute = values.at("recompute");
+  const bool is_mode = recompute == "none" || recompute == "block";
+  list.push_back("parallel.recompute.mode=" + (is_mode ? recompute : "selective"));
+  if (!is_mode) list.push_back("parallel.recompute.parts=[" + recompute + "]");
   if (values.at("family") == "moe")
     for (const char* expert :
          {"model.experts.count=8", "model.experts.per_token=2", "model.intermediate_size=16",

@@ -150,6 +150,34 @@ TEST(Llama, ActivationSumsAreTheirTerms) {
   EXPECT_GT(half.saved_per_layer, bytes.saved_per_layer / 2);
 }
 
+// What a part makes again is not kept by the layer, and is there while the part is differentiated.
+TEST(Llama, SelectiveRecomputeMovesWhatAPartSaves) {
+  const ModelShape shape = testing::quickstart_shape();
+  ActivationQuery query;
+  query.tokens = 4096;
+  query.samples = 16;
+  query.sequence_length = 256;
+  const auto bytes_with = [&](RemadeParts remade) {
+    query.remade = remade;
+    return find_family("llama").activation_bytes(shape, query);
+  };
+  const auto of = [&](int64_t width) { return allocation_bytes(query.tokens * width * 4); };
+  const int64_t hidden = of(shape.hidden_size), ffn = of(shape.intermediate_size),
+                gate_up = of(2 * shape.intermediate_size);
+  const int64_t heads = shape.num_attention_heads, keys = shape.num_key_value_heads;
+  const int64_t attention =
+      of((heads + 2 * keys) * shape.head_dim) + of(heads * shape.head_dim) + of(heads);
+  const ActivationBytes all = bytes_with({});
+  EXPECT_EQ(all.saved_per_layer - bytes_with({.norm = true}).saved_per_layer, 2 * hidden);
+  EXPECT_EQ(all.saved_per_layer - bytes_with({.mlp = true}).saved_per_layer, gate_up + ffn);
+  EXPECT_EQ(all.saved_per_layer - bytes_with({.attention = true}).saved_per_layer, attention);
+  const ActivationBytes least = bytes_with({.attention = true, .mlp = true, .norm = true});
+  EXPECT_EQ(least.saved_per_layer, 2 * hidden + 2 * of(1));
+  EXPECT_GT(least.layer_workspace, all.layer_workspace);
+  EXPECT_LE(least.layer_workspace, all.layer_workspace + gate_up + ffn + hidden);
+  EXPECT_EQ(least.block_input, all.block_input);
+}
+
 TEST(Allocation, SizesRoundToEightClassesPerDoubling) {
   EXPECT_EQ(allocation_bytes(0), 0);
   EXPECT_EQ(allocation_bytes(1), 64);
