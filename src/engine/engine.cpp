@@ -151,7 +151,7 @@ StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& ob
     verdict = e.control.close_step(e.sum_over_ranks(local_loss, static_cast<int64_t>(c[1])));
     if (verdict.update.apply) e.apply(verdict.update);
     if (e.model.balance)
-      verdict.report.experts = e.model.balance->finish_step(e.stage, verdict.update.apply);
+      verdict.report.experts = e.model.balance->finish_step(e.world, verdict.update.apply);
   });
   e.control.check_divergence(verdict.report);
   return std::move(verdict.report);

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Legend: L layers of this rank, E experts, X = E and the single numbers of a layer.
+// Legend: L layers of the model, E experts, X = E and the single numbers of a layer.
 #include "capstan/parallel/expert_balance.h"
 
 #include <ATen/ATen.h>
@@ -49,15 +49,18 @@ ExpertBalance::ExpertBalance(const plan::ModelShape& shape, std::vector<int> lay
 }
 
 void ExpertBalance::reset() {
-  sums_LX_ = at::zeros({static_cast<int64_t>(layers_.size()),
+  sums_LX_ = at::zeros({static_cast<int64_t>(states_.size()),
                         shape_.experts.count + static_cast<int64_t>(kNumbers.size())},
                        at::kDouble);
 }
 
+bool ExpertBalance::computes(int layer) const {
+  return std::find(layers_.begin(), layers_.end(), layer) != layers_.end();
+}
+
 at::Tensor ExpertBalance::row(int layer) {
-  const auto it = std::find(layers_.begin(), layers_.end(), layer);
-  CAPSTAN_CHECK(it != layers_.end(), "statistics of layer {}, which is not of this rank", layer);
-  return sums_LX_[it - layers_.begin()];
+  CAPSTAN_CHECK(computes(layer), "statistics of layer {}, which is not of this rank", layer);
+  return sums_LX_[layer];
 }
 
 bool ExpertBalance::wants(const char* name) const {
@@ -79,18 +82,17 @@ void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
 std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& group, bool applied) {
   at::NoGradGuard no_grad;
   std::vector<ExpertLoad> loads;
-  if (layers_.empty()) return loads;
   if (group.size() > 1) group.control().all_reduce(sums_LX_).wait();
   const int64_t count = shape_.experts.count, width = sums_LX_.size(1);
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const double* const x = sums_LX_.const_data_ptr<double>() + static_cast<int64_t>(i) * width;
-    ExpertLoad load{.layer = layers_[i], .tokens = {x, x + count}};
+  for (int layer = 0; layer < shape_.num_hidden_layers; ++layer) {
+    const double* const x = sums_LX_.const_data_ptr<double>() + layer * width;
+    ExpertLoad load{.layer = layer, .tokens = {x, x + count}};
     load.dropped = x[count];
     load.routed_tokens = x[count + 1];
     load.entropy = load.routed_tokens > 0 ? x[count + 2] / load.routed_tokens : 0;
     load.auxiliary_loss = x[count + 3];
     load.z_loss = x[count + 4];
-    if (applied) update(load);
+    if (applied && computes(layer)) update(load);
     loads.push_back(std::move(load));
   }
   reset();

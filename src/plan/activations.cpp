@@ -196,6 +196,22 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
   t.phase = 0;
 }
 
+// What the weight half waits with while the input half goes on; phases of the workspace count it
+// as free, or as taken over by what follows.
+void add_waiting(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  for (t.phase = kActivation; t.phase <= kQkv; ++t.phase)
+    t.per_token(Part::kWaiting, "gate x up", w.ffn, q.compute);
+  for (t.phase = kAttention; t.phase <= kQkv; ++t.phase) {
+    t.per_token(Part::kWaiting, "gradient of gate and up", 2 * w.ffn, q.compute);
+    t.per_kept(Part::kWaiting, "feed-forward norm, output", w.hidden, q.compute);
+    t.per_token(Part::kWaiting, "gradient of the layer output", w.hidden, q.compute);
+  }
+  t.phase = kQkv;
+  t.per_token(Part::kWaiting, "attention output", w.query, q.compute);
+  t.per_token(Part::kWaiting, "gradient of the attention's sum", w.hidden, q.compute);
+  t.phase = 0;
+}
+
 void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType statistics = statistics_dtype(q.compute);
   const int64_t chunk = head_chunk_tokens(w.vocab, q.tokens);
@@ -220,10 +236,10 @@ int64_t sum_of(const std::vector<ActivationTerm>& terms, Part part) {
   return sum;
 }
 
-int64_t largest_phase(const std::vector<ActivationTerm>& terms, Part part) {
+int64_t largest_phase(const std::vector<ActivationTerm>& terms, Part part, Part besides) {
   std::map<int, int64_t> phases;
   for (const ActivationTerm& term : terms)
-    if (term.part == part) phases[term.phase] += term.bytes;
+    if (term.part == part || term.part == besides) phases[term.phase] += term.bytes;
   int64_t largest = 0;
   for (const auto& [phase, bytes] : phases) largest = std::max(largest, bytes);
   return largest;
@@ -253,13 +269,15 @@ ActivationBytes llama_activation_bytes(const ModelShape& shape, const Activation
   add_weight_work(table, widths, query);
   add_feed_forward_workspace(table, widths, query);
   add_attention_workspace(table, widths, query);
+  add_waiting(table, widths, query);
   add_head(table, widths, query);
   ActivationBytes bytes;
   bytes.saved_embedding = sum_of(table.terms, Part::kEmbedding);
   bytes.saved_per_layer = sum_of(table.terms, Part::kLayer);
   bytes.saved_head = sum_of(table.terms, Part::kHead);
-  bytes.layer_workspace = largest_phase(table.terms, Part::kLayerWorkspace);
-  bytes.head_workspace = largest_phase(table.terms, Part::kHeadWorkspace);
+  bytes.layer_workspace = largest_phase(table.terms, Part::kLayerWorkspace, Part::kLayerWorkspace);
+  bytes.split_layer_workspace = largest_phase(table.terms, Part::kLayerWorkspace, Part::kWaiting);
+  bytes.head_workspace = largest_phase(table.terms, Part::kHeadWorkspace, Part::kHeadWorkspace);
   bytes.block_input = sum_of(table.terms, Part::kBlockInput);
   bytes.weight_work = sum_of(table.terms, Part::kWeightWork);
   bytes.terms = std::move(table.terms);

@@ -156,14 +156,10 @@ std::string indent(const std::string& lines) {
 }  // namespace
 
 std::vector<std::pair<std::string, int64_t>> parameter_groups(const std::vector<ParamSpec>& table) {
-  static constexpr std::pair<const char*, const char*> kGroups[] = {{"embed", "embedding"},
-                                                                    {"lm_head", "head"},
-                                                                    {"norm", "norms"},
-                                                                    {"attn", "attention"},
-                                                                    {"expert", "experts"},
-                                                                    {"mlp.gate.", "router"},
-                                                                    {"moe.gate.", "router"},
-                                                                    {"mlp", "feed-forward"}};
+  static constexpr std::pair<const char*, const char*> kGroups[] = {
+      {"embed", "embedding"},  {"lm_head", "head"},    {"norm", "norms"},
+      {"attn", "attention"},   {"expert", "experts"},  {"mlp.gate.", "router"},
+      {"moe.gate.", "router"}, {"mlp", "feed-forward"}};
   std::vector<std::pair<std::string, int64_t>> groups;
   for (const ParamSpec& spec : table) {
     const auto* const rule = std::find_if(

@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // What one pass of an expert layer keeps and needs. The attention half, the embedding and the head
-// are llama's. Rows that experts compute are counted as if the load were even: tokens x per_token
-// on every rank, wherever they come from; an expert-parallel rank that gets more keeps more.
+// are llama's. Rows that experts compute are counted as if the load were even: the rank's tokens x
+// per_token, wherever they come from; an expert-parallel rank that gets more keeps more.
 #include <algorithm>
 #include <map>
 
@@ -39,13 +39,17 @@ struct Terms {
   }
 };
 
+// Ranks of the tensor axis share the tokens out to route them.
+int64_t routed_tokens(const ActivationQuery& q) { return (q.tokens + q.tensor - 1) / q.tensor; }
+
 void add_saved(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
   const ExpertShape& e = shape.experts;
   const DType wide = statistics_dtype(q.compute);
-  t.add("router logits", q.tokens, e.count, wide);
-  t.add("chosen experts", q.tokens, e.per_token, DType::kInt64);
-  t.add("weights of the chosen", q.tokens, e.per_token, wide);
-  t.add("places of the chosen", q.tokens, e.per_token, DType::kInt64);
+  const int64_t routed = routed_tokens(q);
+  t.add("router logits", routed, e.count, wide);
+  t.add("chosen experts", routed, e.per_token, DType::kInt64);
+  t.add("weights of the chosen", routed, e.per_token, wide);
+  t.add("places of the chosen", routed, e.per_token, DType::kInt64);
   t.add("slots in expert order", rows, 1, DType::kInt64);
   t.add("tokens in expert order", rows, shape.hidden_size, q.compute);
   t.add("experts, gate and up", rows, 2 * e.intermediate_size, q.compute);
@@ -88,6 +92,43 @@ void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, 
   if (adds_apart) t.add("gradient of one gate and up, to be added", 2 * ffn, hidden, q.compute);
 }
 
+// What the weight half of a split backward holds of the experts; of that, what phases of the input
+// half hold to be free.
+void add_put_off(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
+  const ExpertShape& e = shape.experts;
+  t.part = Part::kWeightWork;
+  t.phase = 0;
+  t.add("tokens in expert order", rows, shape.hidden_size, q.compute);
+  t.add("experts, gradient of gate and up", rows, 2 * e.intermediate_size, q.compute);
+  t.add("experts, gate x up", rows, e.intermediate_size, q.compute);
+  t.add("gradient of the experts' output", rows, shape.hidden_size, q.compute);
+  t.add("shared expert, gradient of gate and up", q.tokens, 2 * e.shared_intermediate_size,
+        q.compute);
+  t.add("shared expert, gate x up", q.tokens, e.shared_intermediate_size, q.compute);
+  t.part = Part::kWaiting;
+  for (t.phase = kLastPhase - 1; t.phase <= kLastPhase; ++t.phase) {
+    t.add("experts, gate x up", rows, e.intermediate_size, q.compute);
+    t.add("gradient of the experts' output", rows, shape.hidden_size, q.compute);
+  }
+}
+
+// Adds the terms from `first` on to the sums.
+void add_sums(ActivationBytes& bytes, size_t first) {
+  std::map<int, int64_t> phases, split_phases;
+  for (size_t i = first; i < bytes.terms.size(); ++i) {
+    const ActivationTerm& term = bytes.terms[i];
+    if (term.part == Part::kLayer) bytes.saved_per_layer += term.bytes;
+    if (term.part == Part::kWeightWork) bytes.weight_work += term.bytes;
+    if (term.part == Part::kLayerWorkspace) phases[term.phase] += term.bytes;
+    if (term.part == Part::kLayerWorkspace || term.part == Part::kWaiting)
+      split_phases[term.phase] += term.bytes;
+  }
+  for (const auto& [phase, sum] : phases)
+    bytes.layer_workspace = std::max(bytes.layer_workspace, sum);
+  for (const auto& [phase, sum] : split_phases)
+    bytes.split_layer_workspace = std::max(bytes.split_layer_workspace, sum);
+}
+
 }  // namespace
 
 ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQuery& query) {
@@ -95,7 +136,7 @@ ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQu
   rest.intermediate_size = 0;
   ActivationBytes bytes = llama_activation_bytes(rest, query);
   const size_t before = bytes.terms.size();
-  const int64_t rows = saturating_multiply(query.tokens, shape.experts.per_token);
+  const int64_t rows = saturating_multiply(routed_tokens(query), shape.experts.per_token);
   Terms terms{bytes.terms};
   for (terms.phase = kFirstPhase; terms.phase <= kLastPhase; ++terms.phase) {
     terms.part = Part::kLayerWorkspace;
@@ -108,16 +149,8 @@ ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQu
   if (!query.remade.mlp) add_saved(terms, shape, query, rows);
   terms.part = Part::kLayerWorkspace;
   add_workspace(terms, shape, query, rows);
-  std::map<int, int64_t> phases;
-  for (size_t i = before; i < bytes.terms.size(); ++i) {
-    const ActivationTerm& term = bytes.terms[i];
-    if (term.part == Part::kLayer)
-      bytes.saved_per_layer += term.bytes;
-    else
-      phases[term.phase] += term.bytes;
-  }
-  for (const auto& [phase, sum] : phases)
-    bytes.layer_workspace = std::max(bytes.layer_workspace, sum);
+  add_put_off(terms, shape, query, rows);
+  add_sums(bytes, before);
   return bytes;
 }
 

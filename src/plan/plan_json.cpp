@@ -97,6 +97,8 @@ const char* name_of_part(ActivationTerm::Part part) {
       return "block_input";
     case ActivationTerm::Part::kWeightWork:
       return "weight_work";
+    case ActivationTerm::Part::kWaiting:
+      return "waiting";
   }
   return "?";
 }

@@ -222,7 +222,9 @@ class StepWalk {
       if (block > 0) gather(block);
       if (!defer_weights) collect(block);
       const int64_t kept = kept_by(chunk, block);
-      if (is_layer(block)) visit_layer(kept, again_ ? input_of(chunk, block) : 0);
+      if (is_layer(block))
+        visit_layer(kept, again_ ? input_of(chunk, block) : 0,
+                    defer_weights ? bytes_.split_layer_workspace : bytes_.layer_workspace);
       if (block == 0) visit(boundary_ + gathered_residual_);
       saved_ -= kept;
       if (defer_weights) saved_ += put_off(block);
@@ -233,10 +235,10 @@ class StepWalk {
     if (stage > 0) saved_ += boundary_;  // the gradient of its input
   }
 
-  void visit_layer(int64_t kept, int64_t input) {
+  void visit_layer(int64_t kept, int64_t input, int64_t workspace) {
     const int64_t before = saved_;
     if (again_) saved_ += bytes_.saved_per_layer - kept - input;  // the input is let go by then
-    visit(bytes_.layer_workspace);
+    visit(workspace);
     saved_ = before;
   }
 

@@ -135,12 +135,22 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
                          plan::local_topology(recipe.ranks, recipe.ranks), {});
 }
 
-class PredictedLayoutMemory : public testing::TestWithParam<LayoutRecipe> {};
+class PredictedLayoutMemory : public testing::TestWithParam<LayoutRecipe> {
+ protected:
+  static void expect_near(int64_t counted, int64_t predicted, const plan::MemoryReport& m) {
+    EXPECT_LE(std::abs(counted - predicted), std::max<int64_t>(predicted / 20, 8 << 20))
+        << "rank " << m.rank << ": parameters " << (m.parameters >> 20) << ", master "
+        << (m.master >> 20) << ", gradients " << (m.gradients >> 20) << ", optimizer "
+        << (m.optimizer >> 20) << ", activations " << (m.activations >> 20) << ", workspace "
+        << (m.workspace >> 20) << ", data " << (m.data >> 20) << " MiB";
+  }
+};
 
 TEST_P(PredictedLayoutMemory, OnEveryRank) {
   device::install_cpu_allocator();
   const plan::Plan plan = make_layout_plan(GetParam());
   std::mutex mutex;
+  int64_t all_counted = 0, all_predicted = 0;
   test::run_ranks(
       plan.grid.size(),
       [&](comm::Communicator world) {
@@ -159,18 +169,18 @@ TEST_P(PredictedLayoutMemory, OnEveryRank) {
         const int64_t counted = device::stats(rank).peak_bytes - before,
                       predicted = m.peak() - m.communication;
         const std::lock_guard lock(mutex);
-        EXPECT_GE(counted, 256 << 20) << "rank " << rank;
-        EXPECT_LE(std::abs(counted - predicted), std::max<int64_t>(predicted / 20, 8 << 20))
-            << "rank " << rank << ": parameters " << (m.parameters >> 20) << ", master "
-            << (m.master >> 20) << ", gradients " << (m.gradients >> 20) << ", optimizer "
-            << (m.optimizer >> 20) << ", activations " << (m.activations >> 20) << ", workspace "
-            << (m.workspace >> 20) << ", data " << (m.data >> 20) << " MiB";
+        EXPECT_GE(counted, 200 << 20) << "rank " << rank;
+        all_counted += counted;
+        all_predicted += predicted;
+        // Experts spread over ranks get what routers choose; the plan holds the load to be even.
+        if (plan.grid.sizes().ep == 1) expect_near(counted, predicted, m);
         std::printf(
             "%s rank %d: predicted %.1f MiB, counted %.1f MiB (%+.1f %%)\n", GetParam().name, rank,
             static_cast<double>(predicted) / 1048576, static_cast<double>(counted) / 1048576,
             100.0 * static_cast<double>(counted - predicted) / static_cast<double>(predicted));
       },
       120);
+  expect_near(all_counted / plan.grid.size(), all_predicted / plan.grid.size(), plan.memory);
 }
 
 // Few wide layers for storage, many tokens in narrow ones for activations.
@@ -185,6 +195,11 @@ const std::string kDeep =
 const std::string kNarrow =
     "vocab_size: 512, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
+
+const std::string kExperts =
+    "family: moe, vocab_size: 512, hidden_size: 128, intermediate_size: 176, num_hidden_layers: 4, "
+    "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false, experts: {count: "
+    "8, per_token: 2, shared_intermediate_size: 176}";
 
 INSTANTIATE_TEST_SUITE_P(
     Layouts, PredictedLayoutMemory,
@@ -232,6 +247,18 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"all_to_all", 2, kNarrow,
                      "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "context: {size: 2, method: all_to_all}"},
+        LayoutRecipe{"experts", 2, kExperts,
+                     "global_samples: 64, micro_samples: 32, sequence_length: 256",
+                     "expert: 2, zero: {stage: 1}"},
+        LayoutRecipe{"experts_tensor_selective", 2, kExperts,
+                     "global_samples: 40, micro_samples: 40, sequence_length: 256",
+                     "tensor: 2, expert: 2, recompute: {mode: selective, parts: [norm]}"},
+        LayoutRecipe{"experts_zero_bubble", 2, kExperts,
+                     "global_samples: 128, micro_samples: 32, sequence_length: 256",
+                     "pipeline: {size: 2, schedule: zero_bubble}"},
+        LayoutRecipe{"experts_selective_mlp", 2, kExperts,
+                     "global_samples: 96, micro_samples: 48, sequence_length: 256",
+                     "expert: 2, zero: {stage: 1}, recompute: {mode: selective, parts: [mlp]}"},
         LayoutRecipe{"zero_1_offload", 4, kWide,
                      "global_samples: 4, micro_samples: 1, sequence_length: 64",
                      "zero: {stage: 1, offload: optimizer}"},

@@ -56,7 +56,7 @@ struct StepReport {
   // Empty, or why: "nonfinite loss", "nonfinite gradient", "spike", "no target tokens".
   std::string skipped;
   std::optional<double> loss_scale;
-  std::vector<parallel::ExpertLoad> experts;  // of the expert layers that this rank computes
+  std::vector<parallel::ExpertLoad> experts;  // of all layers, all ranks
 };
 
 // Scalars that a resume needs besides the state entries; the same on all ranks.

@@ -26,7 +26,7 @@ struct StartRecord {
   int64_t resumed_step = 0;
 };
 
-// Over the expert layers of the first pipeline stage's rank.
+// Over all layers with experts.
 struct ExpertRecord {
   double load = 1;     // of the layer furthest off: most loaded expert over the mean; 1 = even
   double dropped = 0;  // share of the choices beyond capacity

@@ -49,8 +49,9 @@ class ExpertBalance final : public param::StatSink {
   void want_entropy(bool wanted) { wants_entropy_ = wanted; }
 
   [[nodiscard]] std::span<const param::RouterState> states() const { return states_; }
-  // Sums over the ranks, updates the states when the step was applied, and starts anew. One
-  // all_reduce of fp64 for all layers. group: all ranks but those along pp. Collective over: group.
+  // Sums over the ranks, updates the states of this rank when the step was applied, and starts
+  // anew. Returns the loads of all layers, wherever they are computed. One all_reduce of fp64.
+  // group: all ranks. Collective over: group.
   std::vector<ExpertLoad> finish_step(const comm::Communicator& group, bool applied);
   // Forgets what was reported (a step that threw).
   void reset();
@@ -60,6 +61,7 @@ class ExpertBalance final : public param::StatSink {
                                                             bool writes) const;
 
  private:
+  [[nodiscard]] bool computes(int layer) const;
   [[nodiscard]] at::Tensor row(int layer);
   void update(const ExpertLoad& load);
 

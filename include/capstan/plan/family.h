@@ -100,7 +100,8 @@ struct ActivationTerm {
   // The first three are kept from forward to backward. Workspaces come in phases: what one phase
   // holds is alive at once, and the largest phase counts.
   // kBlockInput: what is left of a layer that will be run again. kWeightWork: what the weight half
-  // of a split backward holds of a layer.
+  // of a split backward holds of a layer; kWaiting: what it holds by a phase of the input half and
+  // the workspace of that phase holds to be free.
   enum class Part {
     kEmbedding,
     kLayer,
@@ -108,7 +109,8 @@ struct ActivationTerm {
     kLayerWorkspace,
     kHeadWorkspace,
     kBlockInput,
-    kWeightWork
+    kWeightWork,
+    kWaiting
   };
   Part part = Part::kLayer;
   int phase = 0;
@@ -121,6 +123,7 @@ struct ActivationBytes {
   int64_t saved_head = 0;       // by the head, the gradient made in the forward included
   int64_t layer_workspace =
       0;  // transient peak on top of what is saved, forward or backward of one layer
+  int64_t split_layer_workspace = 0;  // the same while the weight half is put off
   int64_t head_workspace = 0;         // logits chunk and what it is multiplied into
   int64_t block_input = 0;            // kept per layer under block recompute
   int64_t weight_work = 0;            // held per layer between the halves of a split backward

@@ -51,6 +51,7 @@ void compare_state(Engine& engine, const ReferenceRun& reference, Comparison& re
 
 double experts_error(const std::vector<parallel::ExpertLoad>& mine,
                      const std::vector<parallel::ExpertLoad>& all) {
+  if (mine.size() != all.size()) return INFINITY;
   double error = 0;
   for (const parallel::ExpertLoad& load : mine) {
     const auto same = std::find_if(all.begin(), all.end(),
@@ -131,10 +132,12 @@ Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& referenc
     Engine engine(plan, mesh);
     const auto objective = engine::make_next_token_objective();
     std::vector<engine::StepReport> reports;
-    for (int step = 0; step < steps; ++step)
+    std::string hash;
+    for (int step = 0; step < steps; ++step) {
       reports.push_back(engine.step(batches_of(engine, rank, step), *objective));
+      if (step == 0) hash = engine.weights_hash();
+    }
     const double eval = evaluate(engine, rank);
-    const std::string hash = engine.weights_hash();
     const std::lock_guard lock(mutex);
     for (size_t i = 0; i < reports.size(); ++i) {
       result.loss = std::max(result.loss, relative(reports[i].loss, reference.reports[i].loss));
@@ -144,13 +147,31 @@ Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& referenc
           std::max(result.norm, relative(reports[i].grad_norm, reference.reports[i].grad_norm));
     }
     result.eval = std::max(result.eval, relative(eval, reference.eval_loss));
-    result.hash = hash;
+    result.first_hash = hash;
     compare_state(engine, reference, result);
   };
   try {
     run_ranks(layout.ranks(), on_rank, 60);
   } catch (const std::exception& e) {
     result.failure = e.what();
+  }
+  return result;
+}
+
+std::string hash_after_one_step(const LayoutCase& layout) {
+  const plan::Plan plan = make_case_plan(layout);
+  std::string result;
+  const auto on_rank = [&](comm::Communicator world) {
+    mesh::Mesh mesh(world, plan.grid);
+    Engine engine(plan, mesh);
+    (void)engine.step(batches_of(engine, world.rank(), 0), *engine::make_next_token_objective());
+    const std::string hash = engine.weights_hash();
+    if (world.rank() == 0) result = hash;
+  };
+  try {
+    run_ranks(layout.ranks(), on_rank, 60);
+  } catch (const std::exception& e) {
+    result = e.what();
   }
   return result;
 }

@@ -28,7 +28,7 @@ struct Comparison {
   double experts = 0;                   // statistics of expert layers, in every step
   std::string worst;                    // tensor of the largest state error
   std::string failure;                  // what a rank threw
-  std::string hash;                     // of all weights
+  std::string first_hash;               // of all weights after one step
   [[nodiscard]] double error() const;
 };
 
@@ -37,6 +37,9 @@ struct Comparison {
 [[nodiscard]] ReferenceRun run_reference(const LayoutCase& layout, int steps);
 [[nodiscard]] Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference,
                                         int steps);
+
+// Of all weights after one step; what a rank threw, where one did.
+[[nodiscard]] std::string hash_after_one_step(const LayoutCase& layout);
 
 // What rank 0 does in one step: "forward 3", "gather 4", "backward 3", "reduce 0".
 [[nodiscard]] std::vector<std::string> trace_of_first_step(const LayoutCase& layout);

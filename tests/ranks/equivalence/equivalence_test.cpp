@@ -59,6 +59,7 @@ class References {
   double closest_ = INFINITY;
 };
 
+// And the same layout computes the same bits again.
 TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
   const auto count = static_cast<int>(number_from("CAPSTAN_LAYOUTS", 300));
   const auto seed = static_cast<uint64_t>(number_from("CAPSTAN_LAYOUT_SEED", 20));
@@ -77,7 +78,11 @@ TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
     three_axes += layout.wide_axes() >= 3;
     for (const char* axis : {"tp", "pp", "cp", "ep", "dp_replicate", "dp_shard", "zero", "chunks"})
       wide[axis] += layout.number(axis) > (std::string_view(axis) == "zero" ? 0 : 1);
-    if (result.error() <= kBar) continue;
+    if (result.error() <= kBar) {
+      EXPECT_EQ(hash_after_one_step(layout), result.first_hash)
+          << "differs when run again: " << layout.describe() << "\n  " << reproduce(layout);
+      continue;
+    }
     ADD_FAILURE() << layout.describe() << "\n  loss " << result.loss << ", norm " << result.norm
                   << ", evaluation " << result.eval << ", experts " << result.experts << ", state "
                   << result.state << " in " << result.worst << "\n  "
@@ -93,19 +98,6 @@ TEST(Equivalence, RandomLayouts_ComputeTheRunOfOneRank) {
   if (count < 300) return;
   EXPECT_GE(three_axes, 100);
   for (const auto& [axis, times] : wide) EXPECT_GE(times, 40) << axis << " above one";
-}
-
-TEST(Equivalence, RepeatedLayouts_GiveTheSameBits) {
-  const auto count = static_cast<int>(number_from("CAPSTAN_REPEATS", 20));
-  std::mt19937_64 random(5);
-  for (int i = 0; i < count; ++i) {
-    const LayoutCase layout = draw_case(random, {}, 1000).value();
-    const ReferenceRun reference = run_reference(layout, 2);
-    const Comparison first = compare_layout(layout, reference, 2);
-    const Comparison second = compare_layout(layout, reference, 2);
-    EXPECT_EQ(first.hash, second.hash) << layout.describe() << first.failure << second.failure;
-    EXPECT_FALSE(first.hash.empty()) << layout.describe() << first.failure;
-  }
 }
 
 // 16-bit sums depend on their order: losses and norms stay within what rounding explains.
