@@ -138,6 +138,7 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
 class PredictedLayoutMemory : public testing::TestWithParam<LayoutRecipe> {
  protected:
   static void expect_near(int64_t counted, int64_t predicted, const plan::MemoryReport& m) {
+    EXPECT_GE(counted, 256 << 20) << "rank " << m.rank;
     EXPECT_LE(std::abs(counted - predicted), std::max<int64_t>(predicted / 20, 8 << 20))
         << "rank " << m.rank << ": parameters " << (m.parameters >> 20) << ", master "
         << (m.master >> 20) << ", gradients " << (m.gradients >> 20) << ", optimizer "
@@ -169,7 +170,6 @@ TEST_P(PredictedLayoutMemory, OnEveryRank) {
         const int64_t counted = device::stats(rank).peak_bytes - before,
                       predicted = m.peak() - m.communication;
         const std::lock_guard lock(mutex);
-        EXPECT_GE(counted, 200 << 20) << "rank " << rank;
         all_counted += counted;
         all_predicted += predicted;
         // Experts spread over ranks get what routers choose; the plan holds the load to be even.
