@@ -16,14 +16,16 @@ std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid) {
   const auto unit = checked_multiply(batch.micro_samples, data);
   const auto tokens = checked_multiply(batch.global_samples, batch.sequence_length);
   if (!unit || *unit == 0 || batch.global_samples % *unit != 0) {
-    const std::string nearest =
-        unit && *unit > 0 ? nearest_multiples(batch.global_samples, *unit) : "1";
+    const auto round = checked_multiply(unit.value_or(0), round_of(draft.recipe.parallel.pipeline));
+    const std::string fix =
+        round && *round > 0
+            ? fmt::format("Nearest: {}; or change batch.micro_samples or the number of ranks",
+                          nearest_multiples(batch.global_samples, *round))
+            : "Lower batch.micro_samples";
     draft.refuse({"batch.global_samples", std::to_string(batch.global_samples),
                   fmt::format("a multiple of micro_samples {} x data-parallel ranks {} = {}",
                               batch.micro_samples, data, unit.value_or(0)),
-                  "every rank runs the same number of whole micro-batches",
-                  fmt::format("Nearest: {}; or change batch.micro_samples or the number of ranks",
-                              nearest)});
+                  "every rank runs the same number of whole micro-batches", fix});
     return std::nullopt;
   }
   if (!tokens) {

@@ -34,6 +34,19 @@ std::string nearest_multiples(int64_t value, int64_t unit) {
   return below == 0 ? std::to_string(above) : fmt::format("{} or {}", below, above);
 }
 
+std::string nearest_divisors(int64_t count, int64_t wanted) {
+  int64_t below = 1, above = count;
+  for (int64_t d = 1; d <= count; ++d) {
+    if (count % d != 0) continue;
+    if (d <= wanted) below = d;
+    if (d >= wanted) {
+      above = d;
+      break;
+    }
+  }
+  return below == above ? std::to_string(below) : fmt::format("{} or {}", below, above);
+}
+
 void resolve_run(Draft& draft) {
   recipe::Run& run = draft.recipe.run;
   const Topology& topology = draft.topology;
@@ -181,17 +194,20 @@ std::optional<int64_t> resolve_data_axis(Draft& draft) {
   const auto product = checked_multiply(*parallel.data, rest);
   if (!product || *product != world) {
     const std::string whole = product ? std::to_string(*product) : "more than any world size";
+    std::vector<std::string> ways;
+    if (product) ways.push_back(fmt::format("Start {} ranks", whole));
+    if (world % rest == 0) ways.push_back(fmt::format("set parallel.data: {}", world / rest));
+    if (ways.size() < 2) ways.emplace_back("change the axes");
     draft.refuse({"parallel.data", fmt::format("world size {}", world),
                   fmt::format("data {} x {} = {}", *parallel.data, factors, whole),
-                  "every axis of the grid is full",
-                  fmt::format("Start {} ranks, or set parallel.data: {}", whole,
-                              world % rest == 0 ? std::to_string(world / rest) : "auto")});
+                  "every axis of the grid is full", join(ways, ", or ")});
     return std::nullopt;
   }
   return parallel.data;
 }
 
-void resolve_zero(Draft& draft, int64_t data, Grid::Sizes& sizes) {
+// False when there are no such shards.
+bool resolve_zero(Draft& draft, int64_t data, Grid::Sizes& sizes) {
   recipe::Zero& zero = draft.recipe.parallel.zero;
   if (zero.reduce == "auto") {
     zero.reduce = zero.stage >= 2 ? "micro_batch" : "step";
@@ -202,8 +218,8 @@ void resolve_zero(Draft& draft, int64_t data, Grid::Sizes& sizes) {
     if (zero.shard_size.value_or(1) != 1)
       draft.refuse({"parallel.zero.shard_size", std::to_string(*zero.shard_size), "auto",
                     "stage 0 keeps whole copies",
-                    "Raise parallel.zero.stage, or leave the key out"});
-    return;
+                    "Leave the key out, or raise parallel.zero.stage"});
+    return true;
   }
   if (!zero.shard_size) {
     zero.shard_size = data;
@@ -211,11 +227,14 @@ void resolve_zero(Draft& draft, int64_t data, Grid::Sizes& sizes) {
   }
   if (data % *zero.shard_size != 0) {
     draft.refuse({"parallel.zero.shard_size", std::to_string(*zero.shard_size),
-                  fmt::format("a divisor of the {} data-parallel ranks", data), "", ""});
-    return;
+                  fmt::format("a divisor of the {} data-parallel ranks", data),
+                  "every copy is cut into as many shards",
+                  fmt::format("Nearest: {}", nearest_divisors(data, *zero.shard_size))});
+    return false;
   }
   sizes.dp_shard = static_cast<int>(*zero.shard_size);
   sizes.dp_replicate = static_cast<int>(data / *zero.shard_size);
+  return true;
 }
 
 }  // namespace
@@ -224,16 +243,11 @@ std::optional<Grid> resolve_grid(Draft& draft, const ModelShape& shape) {
   const recipe::Parallel& parallel = draft.recipe.parallel;
   const size_t before = draft.problems.size();
   check_layout(draft, shape);
-  check_expert_axis(draft, shape);
   const std::optional<int64_t> data = resolve_data_axis(draft);
-  if (!data) return std::nullopt;
   Grid::Sizes sizes;
-  resolve_zero(draft, *data, sizes);
-  const int64_t foldable = sizes.dp_shard * parallel.context.size * parallel.tensor;
-  if (shape.experts.count > 0 && foldable % parallel.expert != 0)
-    draft.refuse({"parallel.expert", std::to_string(parallel.expert),
-                  fmt::format("a divisor of shard_size x context x tensor = {}", foldable),
-                  "experts spread over these ranks", ""});
+  const bool has_shards = data && resolve_zero(draft, *data, sizes);
+  check_expert_axis(draft, shape, has_shards ? std::optional(sizes.dp_shard) : std::nullopt);
+  if (!data) return std::nullopt;
   if (draft.problems.size() != before) {
     // The batch can still be checked against the number of data-parallel ranks.
     sizes = {};

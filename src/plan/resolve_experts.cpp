@@ -3,26 +3,14 @@
 // Experts of the model shape, and their axis of the grid.
 #include <fmt/format.h>
 
+#include <numeric>
+
 #include "capstan/base/bytes.h"
 #include "plan/resolve_internal.h"
 #include "plan/saturate_internal.h"
 
 namespace capstan::plan {
 namespace {
-
-// The divisors of `count` on both sides of `wanted`.
-std::string nearest_divisors(int64_t count, int64_t wanted) {
-  int64_t below = 1, above = count;
-  for (int64_t d = 1; d <= count; ++d) {
-    if (count % d != 0) continue;
-    if (d <= wanted) below = d;
-    if (d >= wanted) {
-      above = d;
-      break;
-    }
-  }
-  return below == above ? std::to_string(below) : fmt::format("{} or {}", below, above);
-}
 
 // Rules of the recipe keep each size in its range; together they may still be too many.
 void check_expert_size(Draft& draft, const ModelShape& shape) {
@@ -64,17 +52,29 @@ void resolve_experts(Draft& draft, ModelShape& shape) {
   check_expert_size(draft, shape);
 }
 
-void check_expert_axis(Draft& draft, const ModelShape& shape) {
-  const int64_t ranks = draft.recipe.parallel.expert, count = shape.experts.count;
-  if (ranks == 1) return;
-  if (count == 0)
-    draft.refuse({"parallel.expert", std::to_string(ranks), "1", "the model has no experts",
-                  "Set model.experts.count, or leave the key out"});
-  else if (count % ranks != 0)
-    draft.refuse({"parallel.expert", std::to_string(ranks),
+void check_expert_axis(Draft& draft, const ModelShape& shape, std::optional<int64_t> shards) {
+  const recipe::Parallel& parallel = draft.recipe.parallel;
+  const int64_t wanted = parallel.expert, count = shape.experts.count;
+  if (wanted == 1) return;
+  if (count == 0) {
+    draft.refuse({"parallel.expert", std::to_string(wanted), "1", "the model has no experts",
+                  "Leave the key out, or set model.experts.count"});
+    return;
+  }
+  const std::optional<int64_t> ranks =
+      shards ? std::optional(*shards * parallel.context.size * parallel.tensor) : std::nullopt;
+  const std::string nearest =
+      fmt::format("Nearest: {}", nearest_divisors(ranks ? std::gcd(count, *ranks) : count, wanted));
+  if (count % wanted != 0)
+    draft.refuse({"parallel.expert", std::to_string(wanted),
                   fmt::format("a divisor of model.experts.count {}", count),
-                  "each rank holds as many experts",
-                  fmt::format("Nearest: {}", nearest_divisors(count, ranks))});
+                  "each rank holds as many experts", nearest});
+  else if (ranks && *ranks % wanted != 0)
+    draft.refuse({"parallel.expert", std::to_string(wanted),
+                  fmt::format("a divisor of shards {} x context {} x tensor {} = {}", *shards,
+                              parallel.context.size, parallel.tensor, *ranks),
+                  "experts spread over these ranks, never over replicas",
+                  nearest + (*shards == 1 ? "; or make shards with parallel.zero.stage" : "")});
 }
 
 }  // namespace capstan::plan

@@ -31,14 +31,19 @@ struct Draft {
 
 // "24 or 32": the multiples of `unit` next to `value`, at least one unit.
 [[nodiscard]] std::string nearest_multiples(int64_t value, int64_t unit);
+// "4 or 8": the divisors of `count` next to `wanted`.
+[[nodiscard]] std::string nearest_divisors(int64_t count, int64_t wanted);
 
 void resolve_run(Draft& draft);
 [[nodiscard]] ModelShape resolve_shape(Draft& draft);
 void resolve_experts(Draft& draft, ModelShape& shape);
-void check_expert_axis(Draft& draft, const ModelShape& shape);
+// shards: ranks that share one copy; none while they are not known.
+void check_expert_axis(Draft& draft, const ModelShape& shape, std::optional<int64_t> shards);
 [[nodiscard]] std::optional<Grid> resolve_grid(Draft& draft, const ModelShape& shape);
 // The table of legal combinations (src/plan/legal.cpp), for what needs no rank grid.
 void check_layout(Draft& draft, const ModelShape& shape);
+// Micro-batches that a schedule runs together: their number is a multiple of it.
+[[nodiscard]] int64_t round_of(const recipe::Pipeline& pipeline);
 void check_schedule_fits(Draft& draft, const BatchPlan& batch);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);

@@ -96,7 +96,8 @@ void check_sequence(RuleContext& c) {
   if (!c.has({"parallel.sequence", "parallel.tensor"})) return;
   const Parallel& p = c.recipe().parallel;
   if (!p.sequence || p.tensor > 1) return;
-  c.add("parallel.sequence", "true", "false", "it needs parallel.tensor above 1");
+  c.add("parallel.sequence", "true", "false", "it needs parallel.tensor above 1",
+        "Set parallel.sequence: false");
 }
 
 void check_recompute(RuleContext& c) {

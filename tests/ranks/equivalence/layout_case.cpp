@@ -39,6 +39,7 @@ const std::map<std::string, std::string>& keys() {
       {"kv", "model.num_key_value_heads"},
       {"window", "model.sliding_window"},
       {"documents", "data.documents"},
+      {"length", "batch.sequence_length"},
       {"tp", "parallel.tensor"},
       {"sp", "parallel.sequence"},
       {"pp", "parallel.pipeline.size"},
@@ -102,10 +103,13 @@ std::vector<Pair> pairs_of(const LayoutCase& layout) {
 }  // namespace
 
 const std::vector<LayoutAxis>& model_axes() {
-  static const std::vector<LayoutAxis> axes = {
-      {"family", {"llama", "moe"}},          {"router", {"softmax", "sigmoid"}},
-      {"tied", {"false", "true"}},           {"kv", {"2", "4", "1"}},
-      {"documents", {"joined", "separate"}}, {"window", {"none", "9"}}};
+  static const std::vector<LayoutAxis> axes = {{"family", {"llama", "moe"}},
+                                               {"router", {"softmax", "sigmoid"}},
+                                               {"tied", {"false", "true"}},
+                                               {"kv", {"2", "4", "1"}},
+                                               {"documents", {"joined", "separate"}},
+                                               {"window", {"none", "9"}},
+                                               {"length", {"32", "12"}}};
   return axes;
 }
 

@@ -205,7 +205,7 @@ INSTANTIATE_TEST_SUITE_P(
                 [](R& r) { r.parallel.tensor = 8, r.model.num_key_value_heads = 4; },
                 8,
                 "model.num_attention_heads",
-                {"multiple of parallel.tensor 8", "Nearest: 8"}},
+                {"multiple of parallel.tensor 8", "Nearest: parallel.tensor 4"}},
         Refused{"kv_heads",
                 [](R& r) {
                   r.parallel.tensor = 4, r.model.num_attention_heads = 12,
@@ -242,8 +242,16 @@ INSTANTIATE_TEST_SUITE_P(
                   r.parallel.pipeline.size = 2;
                 },
                 2,
-                "parallel.pipeline.schedule",
-                {"interleaved", "chunks"}},
+                "parallel.pipeline.chunks",
+                {"got 1, need 2 or more", "interleaved", "chunks: 2"}},
+        Refused{"rounds",
+                [](R& r) {
+                  r.parallel.pipeline = {.size = 2, .schedule = "interleaved", .chunks = 2};
+                  r.batch.global_samples = 12;
+                },
+                2,
+                "batch.global_samples",
+                {"3 micro-batches", "the 8 samples of a round", "Nearest: 8 or 16"}},
         Refused{"micro_batch_reduce",
                 [](R& r) {
                   r.parallel.zero.stage = 1;
