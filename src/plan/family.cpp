@@ -11,6 +11,7 @@
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/base/text.h"
+#include "capstan/recipe/values.h"
 #include "plan/llama_internal.h"
 #include "plan/moe_internal.h"
 
@@ -74,6 +75,7 @@ void register_family(FamilyDef family) {
       "a model family needs a name, a parameter table, FLOPs and activation bytes");
   Registry& r = registry();
   const std::lock_guard lock(r.mutex);
+  recipe::add_choice("model.family", family.name);
   r.families.push_back(std::move(family));
 }
 

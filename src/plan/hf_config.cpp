@@ -35,12 +35,13 @@ HfNames hf_names(const ModelShape& shape) {
   const bool known = shape.family == "mixtral" ? !shape.attention_bias
                      : shape.family == "moe"   ? is_qwen2_moe(shape)
                                                : !shape.sliding_window;
-  if (known) return {family.hf_model_type, family.hf_architecture};
+  if (known && !family.hf_model_type.empty()) return {family.hf_model_type, family.hf_architecture};
   if (!shape.attention_bias && shape.family == "llama") return {"mistral", "MistralForCausalLM"};
   return {"capstan_" + shape.family, "Capstan" + family.hf_architecture};
 }
 
 std::optional<std::string> family_of_hf_type(const std::string& type) {
+  if (type.empty()) return std::nullopt;  // families of users need not have one
   if (type == "mistral") return "llama";
   for (const std::string& name : family_names())
     if (find_family(name).hf_model_type == type || "capstan_" + name == type) return name;

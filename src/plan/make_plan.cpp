@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "capstan/base/bytes.h"
 #include "capstan/base/check.h"
 #include "capstan/base/text.h"
@@ -94,6 +96,34 @@ void check_size(Draft& draft, const ModelShape& shape) {
                   fmt::format("at most {:.0e}", kMost), "sizes beyond that cannot be planned", ""});
 }
 
+// What the parameter table of a family asks for beyond the rules on shapes (legal.cpp), which those
+// of this build cannot break.
+void check_table(Draft& draft, const ModelShape& shape) {
+  const std::vector<ParamSpec> table = find_family(shape.family).param_table(shape);
+  const bool has_experts = std::any_of(table.begin(), table.end(),
+                                       [](const ParamSpec& spec) { return spec.expert >= 0; });
+  if (has_experts != (shape.experts.count > 0))
+    draft.refuse({"model.experts.count", std::to_string(shape.experts.count),
+                  has_experts ? "at least 1" : "0",
+                  fmt::format("model.family {} {}", shape.family,
+                              has_experts ? "has experts" : "has no experts"),
+                  ""});
+  const int64_t tensor = draft.recipe.parallel.tensor;
+  for (const ParamSpec& spec : table) {
+    if (spec.expert >= 0 || spec.tensor.kind != ShardRule::Kind::kSplit) continue;
+    const int64_t size = spec.shape.at(static_cast<size_t>(spec.tensor.dim));
+    const int64_t parts = spec.tensor.units > 0 ? std::min(tensor, spec.tensor.units) : tensor;
+    const int64_t units = spec.tensor.units > 0 ? spec.tensor.units : size;
+    if (size % parts == 0 && units % parts == 0 && tensor % parts == 0) continue;
+    draft.refuse(
+        {"parallel.tensor", std::to_string(tensor),
+         fmt::format("a divisor of {}, dimension {} of {}", units, spec.tensor.dim, spec.name),
+         "each tensor-parallel rank takes an equal part",
+         fmt::format("Nearest: parallel.tensor {}", nearest_divisors(units, tensor))});
+    return;  // other layers say the same
+  }
+}
+
 void throw_if_refused(Draft& draft) {
   if (!draft.problems.empty()) throw recipe::RecipeError(std::move(draft.problems));
 }
@@ -112,6 +142,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   const std::optional<Grid> grid = resolve_grid(draft, shape);
   check_split(draft, shape);
   if (draft.problems.empty()) check_size(draft, shape);
+  if (draft.problems.empty()) check_table(draft, shape);
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);

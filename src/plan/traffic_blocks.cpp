@@ -4,6 +4,9 @@
 // to be read beside the seams in parallel: a collective there is a line here. Tokens: those of one
 // micro-batch in this rank's context part.
 #include <algorithm>
+#include <set>
+#include <utility>
+#include <vector>
 
 #include "capstan/base/bytes.h"
 #include "plan/traffic_internal.h"
@@ -14,8 +17,7 @@ namespace {
 // What one micro-batch of a block does, and how often.
 struct Runs {
   int64_t forwards = 0, backwards = 0;
-  bool trains = true;                          // weight gradients are made
-  int64_t attention_again = 0, mlp_again = 0;  // forwards of these parts by selective recompute
+  bool trains = true;  // weight gradients are made
 };
 
 class BlockCount {
@@ -32,6 +34,7 @@ class BlockCount {
     tokens_ =
         saturating_multiply(plan_.batch.micro_samples, plan_.batch.sequence_length / sizes_.cp);
     kept_ = sequence_ ? tokens_ / sizes_.tp : tokens_;
+    list_projections();
   }
 
   void embedding(const Runs& runs) {
@@ -39,19 +42,15 @@ class BlockCount {
     if (sequence_) gather(runs.backwards, shape_.hidden_size * residual_);
   }
 
-  void layer(const Runs& runs) {
-    // Projections into and out of split features: attention, and the MLP or the shared expert.
-    const bool has_mlp = shape_.experts.count == 0 || shape_.experts.shared_intermediate_size > 0;
-    const int64_t pairs = has_mlp ? 2 : 1, row = shape_.hidden_size * compute_;
-    const int64_t mlp_again = has_mlp ? runs.mlp_again : 0;
-    sum(pairs * runs.forwards, row);   // out
-    sum(pairs * runs.backwards, row);  // the gradient of what went in
-    // The experts are one part to the end, the shared expert with them.
-    if (shape_.experts.count > 0) sum(mlp_again, row);
+  void layer(int block, const Runs& runs) {
+    const auto [columns, rows] = projections_.at(static_cast<size_t>(block));
+    const int64_t row = shape_.hidden_size * compute_;
+    sum(rows * runs.forwards, row);      // out
+    sum(columns * runs.backwards, row);  // the gradient of what went in
     if (sequence_) {
-      gather(pairs * runs.forwards + runs.attention_again + mlp_again, row);  // in
-      gather(pairs * runs.backwards, row);                   // the gradient of what came out
-      if (runs.trains) gather(pairs * runs.backwards, row);  // the input again
+      gather(columns * runs.forwards, row);                    // in
+      gather(rows * runs.backwards, row);                      // the gradient of what came out
+      if (runs.trains) gather(columns * runs.backwards, row);  // the input again
     }
     attention(runs);
     if (shape_.experts.count > 0) experts(runs);
@@ -73,6 +72,25 @@ class BlockCount {
   }
 
  private:
+  // Seams::column and Seams::row of a layer: weights cut along their output features, those of a
+  // fuse group in one call, and weights cut along their input features.
+  struct Projections {
+    int64_t columns = 0, rows = 0;
+  };
+  void list_projections() {
+    std::set<std::pair<int, int>> groups;  // of a block
+    projections_.resize(static_cast<size_t>(shape_.num_blocks()));
+    for (const ParamSpec& spec : plan_.model().table()) {
+      const bool is_cut = spec.tensor.kind == ShardRule::Kind::kSplit && spec.shape.size() == 2;
+      if (!is_cut || spec.expert >= 0) continue;
+      Projections& of_block = projections_.at(static_cast<size_t>(spec.block));
+      if (spec.tensor.dim == 1)
+        ++of_block.rows;
+      else if (spec.fuse_group < 0 || groups.emplace(spec.block, spec.fuse_group).second)
+        ++of_block.columns;
+    }
+  }
+
   // Over the tensor axis: every rank hands in a part of the sum for all tokens, `row` bytes each.
   void sum(int64_t calls, int64_t row) {
     count_.add(Axis::kTp, sequence_ ? "reduce_scatter" : "all_reduce", calls,
@@ -97,13 +115,13 @@ class BlockCount {
     };
     if (plan_.resolved.parallel.context.method == "all_to_all") {
       const int64_t own = queries / cp, own_keys = std::max<int64_t>(1, keys / cp);
-      const int64_t calls = runs.forwards + runs.attention_again + runs.backwards;
+      const int64_t calls = runs.forwards + runs.backwards;
       count_.add(Axis::kCp, "all_to_all", calls, cp * bytes_of(own + 2 * own_keys, compute_));
       count_.add(Axis::kCp, "all_to_all", calls, cp * bytes_of(own, compute_));
       return;
     }
     for (const char* op : {"send", "recv"}) {
-      count_.add(Axis::kCp, op, (cp - 1) * (runs.forwards + runs.attention_again + runs.backwards),
+      count_.add(Axis::kCp, op, (cp - 1) * (runs.forwards + runs.backwards),
                  bytes_of(2 * keys, compute_));
       // Gradients of keys and values travel one hop more, home.
       count_.add(Axis::kCp, op, cp * runs.backwards, bytes_of(2 * keys, wide_));
@@ -113,7 +131,7 @@ class BlockCount {
   // Rows for the experts as if the load were even: who gets how many is decided by the router.
   void experts(const Runs& runs) {
     const int64_t row = shape_.hidden_size * compute_;
-    const int64_t calls = runs.forwards + runs.mlp_again + runs.backwards;
+    const int64_t calls = runs.forwards + runs.backwards;
     int64_t tokens = kept_;
     if (!sequence_ && sizes_.tp > 1) {  // the ranks of the tensor axis share the tokens out
       tokens = (tokens_ + sizes_.tp - 1) / sizes_.tp;
@@ -128,8 +146,9 @@ class BlockCount {
   const ModelShape& shape_;
   const Grid::Sizes& sizes_;
   bool sequence_;
-  int64_t compute_, residual_, wide_;  // bytes of an element
-  int64_t tokens_ = 0, kept_ = 0;      // of a micro-batch; of them on this rank between layers
+  int64_t compute_, residual_, wide_;     // bytes of an element
+  int64_t tokens_ = 0, kept_ = 0;         // of a micro-batch; of them on this rank between layers
+  std::vector<Projections> projections_;  // by block
 };
 
 }  // namespace
@@ -144,7 +163,6 @@ void count_blocks(TrafficCount& count) {
     return std::find(frozen.begin(), frozen.end(), block) == frozen.end();
   };
   const bool again = plan.resolved.parallel.recompute.mode == "block";
-  const RemadeParts remade = remade_parts(plan.resolved.parallel.recompute);
   const int64_t micro_batches = plan.batch.micro_batches;
   BlockCount blocks(count);
   for (const auto& chunk : count.layout.chunks) {
@@ -154,11 +172,10 @@ void count_blocks(TrafficCount& count) {
       const bool learns =
           trains(block) || (block == head && trains(0) && plan.model().shape.tie_word_embeddings);
       has_gradient = has_gradient || learns;
-      const int64_t backwards = has_gradient ? micro_batches : 0;
-      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), backwards, learns,
-                      remade.attention ? backwards : 0, remade.mlp ? backwards : 0};
+      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), has_gradient ? micro_batches : 0,
+                      learns};
       if (block == 0) blocks.embedding(runs);
-      if (is_layer) blocks.layer(runs);
+      if (is_layer) blocks.layer(block, runs);
       if (block == head) blocks.head(runs);
       has_gradient = has_gradient || (is_layer && again);
     }

@@ -42,9 +42,10 @@ void check_family(RuleContext& c) {
   if (!c.has({"model.family", "model.experts.count"})) return;
   const Model& m = c.recipe().model;
   const bool wants = m.family == "mixtral" || m.family == "moe";
+  const bool is_dense = m.family == "llama";  // of families of users, plan knows the parameters
   if (wants && m.experts.count == 0)
     c.add("model.experts.count", "0", "at least 1", "model.family is " + m.family);
-  if (!wants && m.experts.count > 0)
+  if (is_dense && m.experts.count > 0)
     c.add("model.experts.count", std::to_string(m.experts.count), "0",
           "model.family " + m.family + " has no experts", "Use family moe or mixtral");
   if (m.experts.count == 0 && !wants)

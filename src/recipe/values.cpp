@@ -2,10 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/recipe/values.h"
 
-namespace capstan::recipe {
+#include <algorithm>
 
-const std::vector<ChoiceKey>& choice_keys() {
-  static const std::vector<ChoiceKey> table = {
+#include "capstan/base/check.h"
+
+namespace capstan::recipe {
+namespace {
+
+std::vector<ChoiceKey>& table_of_choices() {
+  static std::vector<ChoiceKey> table = {
       {"run.device", {"auto", "cpu"}, {"cuda"}},
       {"model.family", {"llama", "mixtral", "moe"}, {"qwen2", "mistral", "gpt2"}},
       {"model.experts.router", {"softmax", "sigmoid"}, {}},
@@ -31,11 +36,24 @@ const std::vector<ChoiceKey>& choice_keys() {
   return table;
 }
 
-const ChoiceKey* find_choice_key(std::string_view key) {
-  for (const ChoiceKey& choice : choice_keys()) {
-    if (choice.key == key) return &choice;
-  }
-  return nullptr;
+ChoiceKey* find(std::string_view key) {
+  auto& table = table_of_choices();
+  const auto found =
+      std::find_if(table.begin(), table.end(), [&](const ChoiceKey& c) { return c.key == key; });
+  return found == table.end() ? nullptr : &*found;
+}
+
+}  // namespace
+
+const std::vector<ChoiceKey>& choice_keys() { return table_of_choices(); }
+
+const ChoiceKey* find_choice_key(std::string_view key) { return find(key); }
+
+void add_choice(std::string_view key, const std::string& value) {
+  ChoiceKey* choice = find(key);
+  CAPSTAN_CHECK(choice, "{} is no key with choices", key);
+  auto& values = choice->available;
+  if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
 }
 
 }  // namespace capstan::recipe

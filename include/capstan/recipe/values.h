@@ -17,5 +17,8 @@ struct ChoiceKey {
 };
 [[nodiscard]] const std::vector<ChoiceKey>& choice_keys();
 [[nodiscard]] const ChoiceKey* find_choice_key(std::string_view key);
+// One more value of a choice key (plan::register_family adds families of users). Before the first
+// recipe is read: readers take no lock.
+void add_choice(std::string_view key, const std::string& value);
 
 }  // namespace capstan::recipe

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "capstan/base/error.h"
+#include "recipes.h"
 #include "shapes.h"
 
 namespace capstan::plan {
@@ -220,6 +221,78 @@ TEST(Families, UsersAddAndReplace) {
   const auto names = family_names();
   EXPECT_EQ(std::count(names.begin(), names.end(), "test_family"), 1);
   EXPECT_THROW(register_family(FamilyDef{}), InternalError);
+}
+
+// A family of a user: llama with one more matrix, which the tensor axis cuts along its rows.
+FamilyDef family_with(const std::string& name, const ParamSpec& more) {
+  FamilyDef family = find_family("llama");
+  family.name = name;
+  family.hf_model_type = "";
+  family.param_table = [more](const ModelShape& shape) {
+    auto table = find_family("llama").param_table(shape);
+    table.push_back(more);
+    return table;
+  };
+  return family;
+}
+
+ParamSpec extra_matrix(int64_t rows) {
+  ParamSpec spec;
+  spec.name = "model.layers.0.extra.weight";
+  spec.shape = {rows, 256};
+  spec.block = 1;
+  spec.site = Site::kSplit;
+  spec.tensor = {ShardRule::Kind::kSplit, 0};
+  return spec;
+}
+
+std::string refusal_of(const std::vector<std::string>& overrides, int ranks) {
+  try {
+    (void)testing::plan_of(testing::resolved(overrides), testing::machine(ranks));
+  } catch (const recipe::RecipeError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Families, OwnOnesAreLegalInRecipesAndCutAsTheirTableSays) {
+  const std::string key = "model.family=test_rows", tensor = "parallel.tensor=4";
+  EXPECT_THAT(refusal_of({key}, 1), HasSubstr("model.family: got 'test_rows'"));
+  register_family(family_with("test_rows", extra_matrix(6)));
+  EXPECT_EQ(refusal_of({key, "parallel.tensor=2"}, 2), "");
+  const std::string text = refusal_of({key, tensor}, 4);
+  for (const char* words : {"parallel.tensor: got 4, need a divisor of 6, dimension 0 of "
+                            "model.layers.0.extra.weight",
+                            "Nearest: parallel.tensor 3 or 6"})
+    EXPECT_THAT(text, HasSubstr(words));
+}
+
+TEST(Families, ExpertsFollowTheTable) {
+  ParamSpec expert = extra_matrix(8);
+  expert.tensor = {};
+  expert.expert = 0;
+  expert.num_experts = 1;
+  register_family(family_with("test_dense", extra_matrix(8)));
+  register_family(family_with("test_experts", expert));
+  EXPECT_THAT(refusal_of({"model.family=test_dense", "model.experts.count=4"}, 1),
+              HasSubstr("model.experts.count: got 4, need 0 (model.family test_dense has no"));
+  EXPECT_THAT(refusal_of({"model.family=test_experts"}, 1),
+              HasSubstr("model.experts.count: got 0, need at least 1"));
+  EXPECT_EQ(
+      refusal_of(
+          {"model.family=test_experts", "model.experts.count=1", "model.experts.per_token=1"}, 1),
+      "");
+}
+
+// What travels over the tensor axis follows from the table, for any family.
+TEST(Families, TrafficOverTensorCountsTheCutsOfTheTable) {
+  register_family(family_with("test_traffic", extra_matrix(8)));
+  const auto sums = [](const std::string& family) {
+    const Plan plan = testing::plan_of(
+        testing::resolved({"model.family=" + family, "parallel.tensor=2"}), testing::machine(2));
+    return predict_traffic(plan, 0).at("tp/all_reduce").calls;
+  };
+  EXPECT_EQ(sums("test_traffic") - sums("llama"), 2);  // one more backward in each micro-batch
 }
 
 }  // namespace

@@ -59,6 +59,21 @@ TEST(HfConfig, NamesTheArchitectureThatComputesTheSame) {
   EXPECT_EQ(config()["model_type"], "capstan_llama");
 }
 
+TEST(HfConfig, FamiliesWithoutAHuggingFaceTypeKeepTheirOwnName) {
+  FamilyDef family = find_family("llama");
+  family.name = "test_own";
+  family.hf_model_type = "";
+  family.hf_architecture = "OwnForCausalLM";
+  register_family(family);
+  ModelShape shape = testing::quickstart_shape();
+  shape.family = "test_own";
+  const std::string text = to_hf_config(shape, DType::kFp32);
+  EXPECT_EQ(Json::parse(text)["model_type"], "capstan_test_own");
+  EXPECT_EQ(Json::parse(text)["architectures"][0], "CapstanOwnForCausalLM");
+  EXPECT_EQ(from_hf_config(text, "config.json").family, "test_own");
+  EXPECT_THROW((void)from_hf_config(R"({"hidden_size": 8})", "config.json"), DataError);
+}
+
 TEST(HfConfig, MissingKeysTakeTheDefaultsOfTheFormat) {
   const ModelShape shape = from_hf_config(
       R"({"model_type":"llama","vocab_size":100,"hidden_size":64,"intermediate_size":96,
