@@ -14,6 +14,7 @@
 #include "capstan/optim/grad_norm.h"
 #include "capstan/optim/optimizer.h"
 #include "capstan/parallel/context_split.h"
+#include "capstan/plan/frozen.h"
 #include "engine/executor_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
@@ -32,14 +33,11 @@ parallel::BucketHooks bucket_hooks(const EngineHooks& hooks) {
   return out;
 }
 
-// Weights without gradients and moments: every block is frozen.
+// Weights without gradients and moments.
 plan::Plan frozen(plan::Plan plan) {
   plan::ModelPlan& model = plan.models.at(kModel);
-  plan::LayoutOptions options = model.layout.options();
-  options.frozen_blocks.clear();
-  for (int block = 0; block < model.shape.num_blocks(); ++block)
-    options.frozen_blocks.push_back(block);
-  model.layout = plan::Layout(model.shape, model.table(), std::move(options));
+  model.layout =
+      plan::Layout(model.shape, plan::freeze(model.table(), {"*"}), model.layout.options());
   return plan;
 }
 

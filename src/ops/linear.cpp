@@ -65,7 +65,7 @@ void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tenso
 }
 
 void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
-  if (projection.bias.empty()) return;
+  if (projection.bias.empty() || !projection.bias.front().trainable()) return;
   at::NoGradGuard no_grad;
   const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor sum_O = at::sum(rows_of(grad), {0}, false, wide);
@@ -74,11 +74,12 @@ void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
 
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
                             bool with_bias) {
+  const Tensor grad_NO = rows_of(grad).detach();
+  if (with_bias) linear_bias_gradient(projection, grad_NO);
   if (!projection.trainable()) return;
-  const Tensor grad_NO = rows_of(grad).detach(), x_ND = rows_of(x).detach();
+  const Tensor x_ND = rows_of(x).detach();
   projection.accumulate(
       [grad_NO, x_ND](param::GradSlot& slot) { add_outer_product(slot, grad_NO, x_ND); });
-  if (with_bias) linear_bias_gradient(projection, grad_NO);
 }
 
 Tensor linear(const Tensor& x, const Projection& projection, bool with_bias) {

@@ -191,14 +191,22 @@ Tensor FlatStore::take_gradient(bool is_last_pass) {
   return is_transient ? std::exchange(gradient_, Tensor()) : gradient_;
 }
 
-// The first sum of a step lands in the shard itself, later ones are added to it.
+// The first sum of a step lands in the shard itself, later ones are added to it. What travelled in
+// another type arrives beside it.
 Tensor FlatStore::reduction_target(const Tensor& taken) {
+  if (taken.scalar_type() != options_.types.gradients)
+    return at::empty({shard_numel_}, taken.options());
   if (options_.zero_stage < 2) return own_part(taken);
   const bool is_first = !std::exchange(has_shard_sum_, true);
   return is_first ? gradient_shard_ : at::empty_like(gradient_shard_);
 }
 
 void FlatStore::add_to_shard(const Tensor& summed) {
+  if (summed.scalar_type() != options_.types.gradients) {
+    const bool adds = options_.zero_stage >= 2 && std::exchange(has_shard_sum_, true);
+    adds ? gradient_shard().add_(summed) : gradient_shard().copy_(summed);
+    return;
+  }
   if (options_.zero_stage >= 2 && !summed.is_same(gradient_shard_)) gradient_shard_.add_(summed);
 }
 

@@ -12,18 +12,20 @@
 namespace capstan::parallel {
 namespace {
 
-// Whole gradients that wait for their sum, besides the one that backward is filling.
-constexpr size_t kMostPendingShards = 1;
+// Sums under way that hold memory of their own (whole gradients, rounded copies), besides what
+// backward is filling.
+constexpr size_t kMostPending = 1;
 
 }  // namespace
 
 GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores,
-                                 BucketHooks hooks)
+                                 BucketHooks hooks, std::optional<at::ScalarType> reduction)
     : buckets_(std::move(buckets)),
       stores_(std::move(stores)),
       bucket_of_(stores_.size(), -1),
       hooks_(std::move(hooks)),
-      is_complete_(stores_.size(), false) {
+      is_complete_(stores_.size(), false),
+      reduction_(reduction) {
   for (size_t b = 0; b < buckets_.size(); ++b)
     for (const int s : buckets_[b].stores)
       bucket_of_.at(static_cast<size_t>(s)) = static_cast<int>(b);
@@ -34,6 +36,7 @@ void GradientBuckets::begin_step() {
   for (FlatStore* store : stores_) store->begin_step();
   std::fill(is_complete_.begin(), is_complete_.end(), false);
   pending_.clear();
+  shard_sums_.clear();
   next_ = 0;
   finished_ = 0;
 }
@@ -75,6 +78,10 @@ void GradientBuckets::sum_partial(const Bucket& bucket, const std::vector<Tensor
   }
 }
 
+Tensor GradientBuckets::on_its_way(const Tensor& gradients, const comm::Communicator& group) const {
+  return reduction_ && group.size() > 1 ? gradients.to(*reduction_) : gradients;
+}
+
 void GradientBuckets::issue_bucket(int index) {
   const Bucket& bucket = buckets_[static_cast<size_t>(index)];
   std::vector<Tensor> gradients;
@@ -83,9 +90,14 @@ void GradientBuckets::issue_bucket(int index) {
   sum_partial(bucket, gradients);
   if (hooks_.before_reduce) hooks_.before_reduce(index, bucket.gradients);
   if (hooks_.on_reduce) hooks_.on_reduce(index);
-  const bool alone = bucket.sum.size() == 1;
-  pending_.push_back(
-      {alone ? comm::Work() : bucket.sum.all_reduce(bucket.gradients), index, {}, {}});
+  Pending pending;
+  pending.bucket = index;
+  const Tensor sent = on_its_way(bucket.gradients, bucket.sum);
+  if (!sent.is_same(bucket.gradients)) pending.travelling = sent;
+  if (bucket.sum.size() > 1) pending.work = bucket.sum.all_reduce(sent);
+  const bool has_memory = pending.travelling.defined();
+  pending_.push_back(std::move(pending));
+  while (has_memory && pending_.size() > kMostPending) retire();
   ++finished_;
 }
 
@@ -98,10 +110,11 @@ void GradientBuckets::issue_shard(int index, bool is_last) {
   sum_partial(bucket, {pending.taken});
   if (hooks_.before_reduce) hooks_.before_reduce(index, pending.taken);
   if (hooks_.on_reduce) hooks_.on_reduce(index);
+  pending.taken = on_its_way(pending.taken, bucket.sum);
   pending.target = store.reduction_target(pending.taken);
   pending.work = bucket.sum.reduce_scatter(pending.target, pending.taken);
   pending_.push_back(std::move(pending));
-  while (pending_.size() > kMostPendingShards) retire();
+  while (pending_.size() > kMostPending) retire();
   if (is_last) ++finished_;
 }
 
@@ -109,26 +122,36 @@ void GradientBuckets::retire() {
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
   pending.work.wait();
-  if (!pending.target.defined()) return;
   const Bucket& bucket = buckets_[static_cast<size_t>(pending.bucket)];
+  if (pending.travelling.defined()) bucket.gradients.copy_(pending.travelling);
+  if (!pending.target.defined()) return;
   stores_[static_cast<size_t>(bucket.stores.front())]->add_to_shard(pending.target);
 }
 
+void GradientBuckets::sum_shards(const comm::Communicator& group, const std::vector<int>& stores) {
+  if (group.size() == 1) return;
+  for (const int s : stores) {
+    ShardSum sum{{}, stores_[static_cast<size_t>(s)]->gradient_shard(), {}};
+    sum.travelling = on_its_way(sum.shard, group);
+    sum.work = group.all_reduce(sum.travelling);
+    shard_sums_.push_back(std::move(sum));
+    if (reduction_) retire_sums(kMostPending);
+  }
+}
+
+void GradientBuckets::retire_sums(size_t most) {
+  for (; shard_sums_.size() > most; shard_sums_.pop_front()) {
+    ShardSum& sum = shard_sums_.front();
+    sum.work.wait();
+    if (!sum.travelling.is_same(sum.shard)) sum.shard.copy_(sum.travelling);
+  }
+}
+
 void GradientBuckets::sum_replicas() {
-  std::vector<comm::Work> works;
-  const auto sum = [&](const comm::Communicator& group, const std::vector<int>& stores) {
-    if (group.size() == 1) return;
-    for (const int s : stores)
-      works.push_back(group.all_reduce(stores_[static_cast<size_t>(s)]->gradient_shard()));
-  };
-  const auto wait = [&] {
-    for (auto& work : works) work.wait();
-    works.clear();
-  };
-  for (const Bucket& bucket : buckets_) sum(bucket.replicas, bucket.stores);
-  wait();
-  for (const Bucket& bucket : buckets_) sum(bucket.tied, bucket.tied_stores);
-  wait();
+  for (const Bucket& bucket : buckets_) sum_shards(bucket.replicas, bucket.stores);
+  retire_sums(0);
+  for (const Bucket& bucket : buckets_) sum_shards(bucket.tied, bucket.tied_stores);
+  retire_sums(0);
 }
 
 void GradientBuckets::finish_step() {

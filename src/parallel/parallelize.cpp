@@ -49,6 +49,7 @@ void cut_seams(ParallelModel& out, const Request& r) {
                            .context = r.mesh.along(plan::Axis::kCp),
                            .sequence_parallel = recipe_of(r).sequence,
                            .all_to_all = recipe_of(r).context.method == "all_to_all",
+                           .overlap_chunks = recipe_of(r).sequence_overlap,
                            .expert = r.mesh.along(plan::Axis::kEp),
                            .rows = rows});
 }
@@ -200,7 +201,12 @@ void store_flat(ParallelModel& out, const Request& r) {
     stores.push_back(out.stores.back().get());
     out.stores_of_block[static_cast<size_t>(buffer.block)].push_back(static_cast<int>(i));
   }
-  out.buckets = std::make_unique<GradientBuckets>(std::move(buckets), std::move(stores), r.hooks);
+  const plan::PrecisionPlan& precision = r.plan.precision;
+  out.buckets =
+      std::make_unique<GradientBuckets>(std::move(buckets), std::move(stores), r.hooks,
+                                        precision.reduction == precision.gradients
+                                            ? std::nullopt
+                                            : std::optional(scalar_type_of(precision.reduction)));
   const bool tied = r.model.shape.tie_word_embeddings;
   const auto when = recipe_of(r).zero.reduce == "micro_batch" ? plan::ReduceWhen::kMicroBatch
                                                               : plan::ReduceWhen::kStep;

@@ -74,7 +74,7 @@ void weight_gradients(const std::vector<Projection>& projections, const Tensors&
     const Tensor grad = grads[i].detach();
     projections[i].accumulate(
         [input, grad](param::GradSlot& slot) { input->add_product(slot, grad); });
-    if (projections[i].trainable()) ops::linear_bias_gradient(projections[i], grad);
+    ops::linear_bias_gradient(projections[i], grad);
   }
 }
 

@@ -25,6 +25,15 @@ Tensor summed_product(const TensorCut& cut, const Tensor& y, const nn::Projectio
   return part;
 }
 
+// The tokens of one rank into those of all, which are made by the first part.
+void put_part(Tensor& all, const Tensor& part, int rank, int ranks) {
+  const int64_t tokens = part.size(1);
+  std::vector<int64_t> sizes = part.sizes().vec();
+  sizes[1] = tokens * ranks;
+  if (!all.defined()) all = at::empty(sizes, part.options());
+  all.narrow(1, tokens * rank, tokens).copy_(part);
+}
+
 struct RowGradients {
   Tensor grad_BTD;   // of the result, all tokens
   Tensor input_BTO;  // undefined unless wanted
@@ -35,13 +44,13 @@ RowGradients row_gradients(const TensorCut& cut, const Tensor& grad, const Tenso
     const Tensor all = cut.sequence ? gather_sequence(cut.group, grad) : grad;
     return {all, wants_input ? ops::linear_input_gradient(all, weight) : Tensor()};
   }
-  const auto ranks = static_cast<size_t>(cut.group.size());
-  ops::Tensors grads(ranks), inputs(ranks);
+  RowGradients all;
   ring_gather(cut.group, grad, [&](int rank, const Tensor& part) {
-    grads[static_cast<size_t>(rank)] = part;
-    if (wants_input) inputs[static_cast<size_t>(rank)] = ops::linear_input_gradient(part, weight);
+    put_part(all.grad_BTD, part, rank, cut.group.size());
+    if (wants_input)
+      put_part(all.input_BTO, ops::linear_input_gradient(part, weight), rank, cut.group.size());
   });
-  return {at::cat(grads, 1), wants_input ? at::cat(inputs, 1) : Tensor()};
+  return all;
 }
 
 }  // namespace

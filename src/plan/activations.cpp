@@ -117,9 +117,16 @@ void add_weight_work(TermTable& t, const Widths& w, const ActivationQuery& q) {
 }
 
 // The gradient of the input of a column layer on its way: parts of the sum, and under sequence
-// parallel this rank's tokens of it beside the input that is gathered again.
-void add_column_gradient(TermTable& t, const Widths& w, const ActivationQuery& q) {
+// parallel this rank's tokens of it beside the input that is gathered again. Part by part the sum
+// is never whole; the output gradient, `width` wide, is then put in the order of the ranks.
+void add_column_gradient(TermTable& t, const Widths& w, const ActivationQuery& q, int64_t width) {
   constexpr Part kPart = Part::kLayerWorkspace;
+  if (q.overlap) {
+    t.per_token(kPart, "input, gathered", w.hidden, q.compute);
+    t.per_kept(kPart, "input gradient, summed", w.hidden, q.compute);
+    if (q.samples > 1) t.per_token(kPart, "output gradient by ranks", width, q.compute);
+    return;
+  }
   t.per_token(kPart, "input gradient, to be summed", w.hidden, q.compute);
   if (!t.cuts_sequence()) return;
   t.per_token(kPart, "input, gathered", w.hidden, q.compute);
@@ -151,7 +158,7 @@ void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQ
   t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
   begin(kGateUp, false);  // gate and up projections; their gradient takes the place of gate and up
   t.release("gate x up, free", w.ffn, q.compute);
-  if (q.tensor > 1) add_column_gradient(t, w, q);
+  if (q.tensor > 1) add_column_gradient(t, w, q, 2 * w.ffn);
   if (adds_apart)
     t.add(kPart, "gradient of gate and up, to be added", 2 * w.ffn * w.hidden, q.compute);
   t.phase = 0;
@@ -192,7 +199,7 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
   if (q.context > 1 && q.all_to_all)  // back to all heads
     t.per_token(kPart, "gradients by ranks, leaving, arriving", 3 * attended, q.compute);
   t.per_token(kPart, "gradient of query, key, value", width, q.compute);
-  if (q.tensor > 1) add_column_gradient(t, w, q);
+  if (q.tensor > 1) add_column_gradient(t, w, q, width);
   t.phase = 0;
 }
 

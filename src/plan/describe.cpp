@@ -89,10 +89,13 @@ std::string describe_run(const Plan& plan) {
   const auto tokens = checked_multiply(b.total_steps, b.tokens_per_step);
   text += row("run", fmt::format("{}, {} tokens", counted(b.total_steps, "step"),
                                  tokens ? format_count(*tokens) : "more than 2^63"));
-  text += row("precision",
-              fmt::format("compute {}, residual {}, master {}, gradients {}{}", name_of(p.compute),
-                          name_of(p.residual), name_of(p.master), name_of(p.gradients),
-                          p.dynamic_loss_scale ? ", dynamic loss scale" : ""));
+  text +=
+      row("precision",
+          fmt::format(
+              "compute {}, residual {}, master {}, gradients {}{}{}", name_of(p.compute),
+              name_of(p.residual), name_of(p.master), name_of(p.gradients),
+              p.reduction == p.gradients ? "" : fmt::format(" summed in {}", name_of(p.reduction)),
+              p.dynamic_loss_scale ? ", dynamic loss scale" : ""));
   return text;
 }
 

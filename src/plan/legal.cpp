@@ -108,6 +108,12 @@ std::vector<Rule> shape_rules() {
                            "sequence parallel splits over the tensor axis",
                            "Set parallel.sequence: false"};
       },
+      [](const Sides& s) -> std::optional<ProblemText> {
+        if (!s.parallel.sequence_overlap || s.parallel.sequence) return std::nullopt;
+        return ProblemText{"parallel.sequence_overlap", "true", "parallel.sequence true",
+                           "without it rows are not cut, so nothing travels in parts",
+                           "Set parallel.sequence: true, or leave the key out"};
+      },
       [](const Sides& s) {
         // Context takes two pieces of a row for each rank, sequence an equal part of both together.
         const int64_t context = s.parallel.context.size;

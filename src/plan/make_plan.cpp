@@ -7,6 +7,7 @@
 #include "capstan/base/bytes.h"
 #include "capstan/base/check.h"
 #include "capstan/base/text.h"
+#include "capstan/plan/frozen.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -37,7 +38,8 @@ ModelPlan make_model_plan(const ModelShape& shape, const Plan& plan) {
   const recipe::Parallel& parallel = plan.resolved.parallel;
   ModelPlan model;
   model.shape = shape;
-  std::vector<ParamSpec> table = find_family(shape.family).param_table(shape);
+  std::vector<ParamSpec> table =
+      freeze(find_family(shape.family).param_table(shape), plan.resolved.model.frozen);
   model.parameters = count_parameters(table);
   LayoutOptions options;
   options.grid = plan.grid;
@@ -143,6 +145,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   check_split(draft, shape);
   if (draft.problems.empty()) check_size(draft, shape);
   if (draft.problems.empty()) check_table(draft, shape);
+  if (draft.problems.empty()) check_frozen(draft, shape);
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);

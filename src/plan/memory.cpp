@@ -41,6 +41,7 @@ ActivationQuery activation_query(const Plan& plan) {
   query.context = grid.cp;
   query.all_to_all = plan.resolved.parallel.context.method == "all_to_all";
   query.remade = remade_parts(plan.resolved.parallel.recompute);
+  query.overlap = plan.resolved.parallel.sequence_overlap;
   return query;
 }
 

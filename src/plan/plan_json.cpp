@@ -38,8 +38,7 @@ Json parameters_json(const Plan& plan) {
   const ModelPlan& model = plan.model();
   int64_t trainable = model.parameters;
   for (const ParamSpec& spec : model.table())
-    for (const int block : model.layout.options().frozen_blocks)
-      if (spec.block == block) trainable -= numel(spec.shape);
+    if (!spec.trainable) trainable -= numel(spec.shape);
   Json groups = Json::object();
   for (const auto& [name, count] : parameter_groups(model.table())) groups[name] = count;
   return {{"total", model.parameters}, {"trainable", trainable}, {"groups", groups}};
@@ -51,11 +50,9 @@ Json precision_json(const PrecisionPlan& p) {
     scale = "dynamic";
   else if (p.loss_scale != 1.0)
     scale = p.loss_scale;
-  return {{"compute", name_of(p.compute)},
-          {"residual", name_of(p.residual)},
-          {"master", name_of(p.master)},
-          {"gradients", name_of(p.gradients)},
-          {"loss_scale", scale}};
+  return {{"compute", name_of(p.compute)},     {"residual", name_of(p.residual)},
+          {"master", name_of(p.master)},       {"gradients", name_of(p.gradients)},
+          {"reduction", name_of(p.reduction)}, {"loss_scale", scale}};
 }
 
 Json batch_json(const BatchPlan& b) {

@@ -27,6 +27,25 @@ DType wide_dtype(Draft& draft, const char* key, std::string& name, DType compute
   return dtype_of(draft, key, name);
 }
 
+// What gradients are summed in between ranks: their own type, or a narrower one for less traffic.
+DType reduction_dtype(Draft& draft, const PrecisionPlan& plan) {
+  recipe::Precision& precision = draft.recipe.precision;
+  const char* key = "precision.reduction";
+  if (precision.reduction == "auto") {
+    precision.reduction = precision.gradients;
+    draft.choose(key, precision.reduction, "precision.gradients");
+  }
+  const DType dtype = dtype_of(draft, key, precision.reduction);
+  if (size_of(dtype) > size_of(plan.gradients))
+    draft.refuse({key, precision.reduction,
+                  fmt::format("precision.gradients {} or a narrower type", precision.gradients),
+                  "sums of narrower numbers gain nothing from it", "Leave the key out"});
+  if (dtype == DType::kFp16 && plan.compute != DType::kFp16)
+    draft.refuse({key, "fp16", "bf16", "without the loss scale of fp16 small gradients vanish",
+                  "Set precision.reduction: bf16"});
+  return dtype;
+}
+
 }  // namespace
 
 PrecisionPlan resolve_precision(Draft& draft) {
@@ -51,6 +70,7 @@ PrecisionPlan resolve_precision(Draft& draft) {
                   "the residual stream carries every layer's sum", "Set precision.residual: auto"});
   plan.master = wide_dtype(draft, "precision.master", precision.master, plan.compute);
   plan.gradients = wide_dtype(draft, "precision.gradients", precision.gradients, plan.compute);
+  plan.reduction = reduction_dtype(draft, plan);
   const bool is_fp16 = plan.compute == DType::kFp16;
   if (precision.loss_scale && !is_fp16)
     draft.refuse({"precision.loss_scale", fmt::format("{}", *precision.loss_scale), "dynamic",

@@ -45,6 +45,7 @@ void check_layout(Draft& draft, const ModelShape& shape);
 // Micro-batches that a schedule runs together: their number is a multiple of it.
 [[nodiscard]] int64_t round_of(const recipe::Pipeline& pipeline);
 void check_schedule_fits(Draft& draft, const BatchPlan& batch);
+void check_frozen(Draft& draft, const ModelShape& shape);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);
 void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);

@@ -3,6 +3,7 @@
 // Follows the instruction list of a rank as the engine runs it, adds and takes off what each block
 // keeps, gathers and collects, and finds the largest moment.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "capstan/base/bytes.h"
@@ -51,6 +52,8 @@ class StepWalk {
       gathered_residual_ =
           stored_bytes(saturating_multiply(tokens, hidden), plan.precision.residual);
     }
+    for (const ParamSpec& spec : plan.model().table())
+      if (spec.trainable) first_learning_ = std::min(first_learning_, spec.block);
     list_buffers();
   }
 
@@ -66,6 +69,7 @@ class StepWalk {
     int64_t values = 0, gradients = 0;  // bytes of the whole
     int64_t shard = 0;                  // bytes of a gradient shard
     int64_t staging = 0;
+    int64_t rounded = 0;  // its bucket as it travels and as it arrives, in the reduction's dtype
     bool is_whole = false, collects = false, has_sum = false;
   };
 
@@ -78,16 +82,20 @@ class StepWalk {
       buffer.shard = stored_bytes(from.shard_numel(), plan_.precision.gradients);
       of_block_[static_cast<size_t>(from.block)].push_back(b);
     }
-    const auto element = static_cast<int64_t>(size_of(plan_.precision.gradients));
+    const DType reduction = plan_.precision.reduction;
+    const auto element = static_cast<int64_t>(size_of(reduction));
     for (const auto& bucket :
          make_buckets(layout_, plan_.precision.gradients, plan_.bucket_bytes)) {
       const FlatBuffer& first = layout_.buffers[static_cast<size_t>(bucket.front())];
       int64_t elements = 0;
       for (const int b : bucket) elements += layout_.buffers[static_cast<size_t>(b)].numel;
       // A bucket is summed when the last of its buffers is complete, which is the last one listed.
-      buffers_[static_cast<size_t>(bucket.back())].staging =
-          staging_bytes(saturating_multiply(elements, element),
-                        plan_.grid.size_of(stage_ > 0 ? first.shard_axes : first.sum_axes));
+      Buffer& last = buffers_[static_cast<size_t>(bucket.back())];
+      const int ranks = plan_.grid.size_of(stage_ > 0 ? first.shard_axes : first.sum_axes);
+      last.staging = staging_bytes(saturating_multiply(elements, element), ranks);
+      if (ranks > 1 && reduction != plan_.precision.gradients)
+        last.rounded = stored_bytes(elements, reduction) +
+                       (stage_ > 0 ? stored_bytes(first.shard_numel(), reduction) : 0);
     }
     const bool tied = plan_.model().shape.tie_word_embeddings;
     if (!tied || layout_.blocks.back() != head_) return;
@@ -127,6 +135,12 @@ class StepWalk {
     return plan_.schedule.rank_of[static_cast<size_t>(stage)] != pipeline_rank_;
   }
 
+  // Neither it nor anything before it in its stage learns: it runs without a graph and
+  // leaves nothing.
+  [[nodiscard]] bool is_idle(int chunk, int block) const {
+    return !again_ && stage_of(chunk) == 0 && is_layer(block) && block < first_learning_;
+  }
+
   // The input of a layer that is run again.
   [[nodiscard]] int64_t input_of(int chunk, int block) const {
     if (block == layout_.chunks[static_cast<size_t>(chunk)].front() || block == 1) return boundary_;
@@ -138,6 +152,7 @@ class StepWalk {
   [[nodiscard]] int64_t kept_by(int chunk, int block) const {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
     if (block == head_) return bytes_.saved_head;
+    if (is_idle(chunk, block)) return 0;
     if (!again_) return block == 0 ? bytes_.saved_embedding : bytes_.saved_per_layer;
     const bool is_input_of_layer = block != blocks.back() && is_layer(block + 1);
     int64_t kept = 0;
@@ -222,12 +237,12 @@ class StepWalk {
       if (block > 0) gather(block);
       if (!defer_weights) collect(block);
       const int64_t kept = kept_by(chunk, block);
-      if (is_layer(block))
+      if (is_layer(block) && !is_idle(chunk, block))
         visit_layer(kept, again_ ? input_of(chunk, block) : 0,
                     defer_weights ? bytes_.split_layer_workspace : bytes_.layer_workspace);
       if (block == 0) visit(boundary_ + gathered_residual_);
       saved_ -= kept;
-      if (defer_weights) saved_ += put_off(block);
+      if (defer_weights) saved_ += put_off(chunk, block);
       if (block > 0) close(block);
       prefetch(blocks, i, -1);
       if (!defer_weights) pass_done();
@@ -243,7 +258,8 @@ class StepWalk {
   }
 
   // Held by the weight half of a backward.
-  [[nodiscard]] int64_t put_off(int block) const {
+  [[nodiscard]] int64_t put_off(int chunk, int block) const {
+    if (is_idle(chunk, block)) return 0;
     if (is_layer(block)) return bytes_.weight_work;
     return block == 0 ? std::max(boundary_, gathered_residual_) : 0;
   }
@@ -252,7 +268,7 @@ class StepWalk {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
     for (const int block : blocks) collect(block);
     visit(gathered_input_);
-    for (const int block : blocks) saved_ -= put_off(block);
+    for (const int block : blocks) saved_ -= put_off(chunk, block);
     for (size_t i = 0; i < blocks.size(); ++i) pass_done();
   }
 
@@ -262,14 +278,26 @@ class StepWalk {
     for (const int b : pass.complete) {
       Buffer& buffer = buffers_[static_cast<size_t>(b)];
       staging_ = std::max(staging_, buffer.staging);
-      if (stage_ < 2) continue;
-      collect(layout_.buffers[static_cast<size_t>(b)].block);
-      const int64_t target = std::exchange(buffer.has_sum, true) ? buffer.shard : 0;
-      gradients_ += target;
-      visit(0);
-      buffer.collects = false;
-      gradients_ -= std::exchange(pending_, buffer.gradients + target);
+      if (stage_ >= 2) collect(layout_.buffers[static_cast<size_t>(b)].block);
+      if (buffer.rounded > 0)
+        sum_rounded(buffer);
+      else if (stage_ >= 2)
+        sum_as_is(buffer);
     }
+  }
+  void sum_as_is(Buffer& buffer) {
+    const int64_t target = std::exchange(buffer.has_sum, true) ? buffer.shard : 0;
+    gradients_ += target;
+    visit(0);
+    buffer.collects = false;
+    gradients_ -= std::exchange(pending_, buffer.gradients + target);
+  }
+  // What is rounded travels on its own: the gradient behind it is free at once.
+  void sum_rounded(Buffer& buffer) {
+    gradients_ += buffer.rounded;
+    visit(0);
+    if (std::exchange(buffer.collects, false)) gradients_ -= buffer.gradients;
+    gradients_ -= std::exchange(pending_, buffer.rounded);
   }
 
   void visit(int64_t workspace) {
@@ -281,6 +309,7 @@ class StepWalk {
   const Plan& plan_;
   const RankLayout& layout_;
   int pipeline_rank_, head_, stage_;
+  int first_learning_ = std::numeric_limits<int>::max();  // block
   const recipe::Zero& zero_;
   bool again_;
   ActivationBytes bytes_;

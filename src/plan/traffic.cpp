@@ -130,7 +130,7 @@ void count_transfers(TrafficCount& count) {
 }
 
 void count_sums(TrafficCount& count) {
-  const DType type = count.plan.precision.gradients;
+  const DType type = count.plan.precision.gradients, reduction = count.plan.precision.reduction;
   const bool shards = count.plan.model().layout.options().zero_stage > 0;
   const std::vector<int64_t> sums = shards ? sums_of_buffers(count) : std::vector<int64_t>{};
   for (const auto& bucket : make_buckets(count.layout, type, count.plan.bucket_bytes)) {
@@ -143,12 +143,12 @@ void count_sums(TrafficCount& count) {
       const FlatBuffer& buffer = count.layout.buffers[static_cast<size_t>(b)];
       elements += buffer.numel;
       if (is_tied_apart(buffer))
-        count.add(Axis::kPp, "all_reduce", 1, bytes_of(buffer.shard_numel(), type));
+        count.add(Axis::kPp, "all_reduce", 1, bytes_of(buffer.shard_numel(), reduction));
     }
     const AxisSet axes = shards ? first.shard_axes : first.sum_axes;
-    count.add(axes, shards ? "reduce_scatter" : "all_reduce", times, bytes_of(elements, type));
+    count.add(axes, shards ? "reduce_scatter" : "all_reduce", times, bytes_of(elements, reduction));
     if (shards)
-      count.add(first.replica_axes(), "all_reduce", 1, bytes_of(first.shard_numel(), type));
+      count.add(first.replica_axes(), "all_reduce", 1, bytes_of(first.shard_numel(), reduction));
   }
 }
 

@@ -5,19 +5,55 @@
 // micro-batch in this rank's context part.
 #include <algorithm>
 #include <set>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/experts.h"
 #include "plan/traffic_internal.h"
 
 namespace capstan::plan {
 namespace {
 
-// What one micro-batch of a block does, and how often.
+// How often the micro-batches of a step go through a block.
 struct Runs {
   int64_t forwards = 0, backwards = 0;
-  bool trains = true;  // weight gradients are made
+  // Forwards of parts of a layer by selective recompute, where something in them is differentiated.
+  int64_t attention_again = 0, mlp_again = 0;
+};
+
+// Which parts of a block are trained. A name that the block does not have stands for all of it.
+class Trained {
+ public:
+  Trained(const std::vector<ParamSpec>& table, int block) : table_(table), block_(block) {}
+  [[nodiscard]] bool knows(std::string_view name) const {
+    return std::any_of(table_.begin(), table_.end(), [&](const ParamSpec& spec) {
+      return spec.block == block_ && spec.name.find(name) != std::string::npos;
+    });
+  }
+  [[nodiscard]] bool operator()(std::string_view name = "") const {
+    bool exists = false;
+    for (const ParamSpec& spec : table_) {
+      if (spec.block != block_ || spec.name.find(name) == std::string::npos) continue;
+      if (spec.trainable) return true;
+      exists = true;
+    }
+    return !exists && !name.empty() && (*this)();
+  }
+
+ private:
+  const std::vector<ParamSpec>& table_;
+  int block_;
+};
+
+// A product into split features and one out of them.
+struct Pair {
+  bool in = false;       // the gradient of what goes in is wanted
+  bool between = false;  // of the split features
+  bool column = false;   // the first one's weights are trained
+  bool row = false;      // the second one's
 };
 
 class BlockCount {
@@ -28,6 +64,7 @@ class BlockCount {
         shape_(plan_.model().shape),
         sizes_(plan_.grid.sizes()),
         sequence_(plan_.resolved.parallel.sequence),
+        overlap_(plan_.resolved.parallel.sequence_overlap),
         compute_(static_cast<int64_t>(size_of(plan_.precision.compute))),
         residual_(static_cast<int64_t>(size_of(plan_.precision.residual))),
         wide_(plan_.precision.compute == DType::kFp64 ? 8 : 4) {
@@ -37,30 +74,41 @@ class BlockCount {
     list_projections();
   }
 
-  void embedding(const Runs& runs) {
+  // Each says whether the gradient of what comes out is wanted.
+  [[nodiscard]] bool embedding(const Runs& runs) {
+    const bool trains = Trained(plan_.model().table(), 0)();
     sum(runs.forwards, shape_.hidden_size * residual_);
-    if (sequence_) gather(runs.backwards, shape_.hidden_size * residual_);
+    if (sequence_ && trains) gather(runs.backwards, shape_.hidden_size * residual_);
+    return trains;
   }
 
-  void layer(int block, const Runs& runs) {
-    const auto [columns, rows] = projections_.at(static_cast<size_t>(block));
-    const int64_t row = shape_.hidden_size * compute_;
-    sum(rows * runs.forwards, row);      // out
-    sum(columns * runs.backwards, row);  // the gradient of what went in
-    if (sequence_) {
-      gather(columns * runs.forwards, row);                    // in
-      gather(rows * runs.backwards, row);                      // the gradient of what came out
-      if (runs.trains) gather(columns * runs.backwards, row);  // the input again
-    }
-    attention(runs);
-    if (shape_.experts.count > 0) experts(runs);
+  [[nodiscard]] bool layer(const Runs& runs, int block, bool live) {
+    const Trained trained(plan_.model().table(), block);
+    if (!trained.knows("self_attn.q_proj.weight")) return other_layer(runs, block, live);
+    const bool biases = shape_.attention_bias;
+    Pair heads{.in = live || trained("input_layernorm"),
+               .column = trained("self_attn.q_proj.weight"),
+               .row = trained("self_attn.o_proj.weight")};
+    heads.between = heads.in || heads.column || (biases && trained("self_attn.q_proj.bias"));
+    const int64_t again = heads.between ? runs.attention_again : 0;
+    pair(runs, heads, again);
+    attention({runs.forwards + again, heads.between ? runs.backwards : 0});
+    live = heads.between || heads.row || (biases && trained("self_attn.o_proj.bias"));
+    live = live || trained("post_attention_layernorm");
+    if (shape_.experts.count > 0) return moe(runs, trained, live);
+    const Pair features = mlp_pair(trained, live, "mlp.");
+    pair(runs, features, features.between ? runs.mlp_again : 0);
+    return features.between || features.row;
   }
 
   // Log-sum-exp by chunks of tokens; the gradient is made in the forward.
-  void head(const Runs& runs) {
+  void head(const Runs& runs, bool live) {
     const int64_t row = shape_.hidden_size * compute_;
+    const std::vector<ParamSpec>& table = plan_.model().table();
+    const bool trains = Trained(table, shape_.head_block())() ||
+                        (shape_.tie_word_embeddings && Trained(table, 0)());
     if (sequence_) gather(runs.forwards, row);
-    sum(runs.backwards, row);
+    if (live || trains) sum(runs.backwards, row);
     const int64_t chunk = std::max<int64_t>(head_chunk_tokens(local_vocabulary(), tokens_), 1);
     const auto statistics = [&](int64_t chunks, int64_t rows) {
       const int64_t calls = saturating_multiply(runs.forwards, chunks);
@@ -72,6 +120,58 @@ class BlockCount {
   }
 
  private:
+  // again: more forwards, up to the product out.
+  void pair(const Runs& runs, const Pair& pair, int64_t again) {
+    sum_parts(runs.forwards);                // out
+    if (pair.in) sum_parts(runs.backwards);  // the gradient of what went in
+    if (!sequence_) return;
+    gather_parts(runs.forwards + again);                         // in
+    if (pair.between || pair.row) gather_parts(runs.backwards);  // the gradient of what came out
+    if (pair.column) gather_parts(runs.backwards);               // the input again
+  }
+
+  [[nodiscard]] static Pair mlp_pair(const Trained& trained, bool live, const std::string& prefix) {
+    Pair features{
+        .in = live, .column = trained(prefix + "gate_proj"), .row = trained(prefix + "down_proj")};
+    features.between = live || features.column;
+    return features;
+  }
+
+  // The experts, the shared one with them: one part for selective recompute, to its end.
+  [[nodiscard]] bool moe(const Runs& runs, const Trained& trained, bool live) {
+    const ExpertNames& names = expert_names(shape_.family);
+    const bool has_shared = shape_.experts.shared_intermediate_size > 0;
+    const bool trains = trained(names.expert);
+    const Pair shared = has_shared ? mlp_pair(trained, live, names.shared) : Pair{};
+    const bool learns = live || trains || trained(names.router + ".weight") || shared.between ||
+                        shared.row || (shape_.experts.shared_gate && trained(names.shared_gate));
+    const int64_t again = learns ? runs.mlp_again : 0;
+    experts({runs.forwards + again, runs.backwards}, live, trains);
+    if (has_shared) {
+      pair(runs, shared, again);
+      sum_parts(again);  // out
+    }
+    return learns;
+  }
+
+  // Of a family whose layers the plan knows by their weights alone: all of it learns, or none.
+  [[nodiscard]] bool other_layer(const Runs& runs, int block, bool live) {
+    const auto [columns, rows] = projections_.at(static_cast<size_t>(block));
+    const bool trains = Trained(plan_.model().table(), block)();
+    live = live || trains;
+    const int64_t backwards = live ? runs.backwards : 0;
+    sum_parts(rows * runs.forwards);  // out
+    sum_parts(columns * backwards);   // the gradient of what went in
+    if (sequence_) {
+      gather_parts(columns * runs.forwards);          // in
+      gather_parts(rows * backwards);                 // the gradient of what came out
+      if (trains) gather_parts(columns * backwards);  // the input again
+    }
+    attention({runs.forwards, backwards});
+    if (shape_.experts.count > 0) experts(runs, live, trains);
+    return live;
+  }
+
   // Seams::column and Seams::row of a layer: weights cut along their output features, those of a
   // fuse group in one call, and weights cut along their input features.
   struct Projections {
@@ -98,6 +198,22 @@ class BlockCount {
   }
   void gather(int64_t calls, int64_t row) {
     count_.add(Axis::kTp, "all_gather", calls, saturating_multiply(kept_, row));
+  }
+
+  // Of column and row layers: rows as a whole, or part by part.
+  void sum_parts(int64_t calls) {
+    const int64_t hidden = shape_.hidden_size;
+    if (!overlap_) return sum(calls, hidden * compute_);
+    go_round(calls, hidden * std::max<int64_t>(compute_, 4));  // kept in at least fp32
+  }
+  void gather_parts(int64_t calls) {
+    const int64_t row = shape_.hidden_size * compute_;
+    overlap_ ? go_round(calls, row) : gather(calls, row);
+  }
+  // A part passes every other rank.
+  void go_round(int64_t times, int64_t row) {
+    for (const char* op : {"send", "recv"})
+      count_.add(Axis::kTp, op, (sizes_.tp - 1) * times, saturating_multiply(kept_, row));
   }
 
   [[nodiscard]] int64_t local_vocabulary() const {
@@ -129,55 +245,50 @@ class BlockCount {
   }
 
   // Rows for the experts as if the load were even: who gets how many is decided by the router.
-  void experts(const Runs& runs) {
+  void experts(const Runs& runs, bool live, bool trains) {
     const int64_t row = shape_.hidden_size * compute_;
-    const int64_t calls = runs.forwards + runs.backwards;
     int64_t tokens = kept_;
     if (!sequence_ && sizes_.tp > 1) {  // the ranks of the tensor axis share the tokens out
       tokens = (tokens_ + sizes_.tp - 1) / sizes_.tp;
+      const int64_t calls = runs.forwards + (live ? runs.backwards : 0);
       count_.add(Axis::kTp, "all_gather", calls, saturating_multiply(tokens, row));
     }
     const int64_t rows = saturating_multiply(tokens, shape_.experts.per_token);
-    count_.add(Axis::kEp, "all_to_all_v", 2 * calls, saturating_multiply(rows, row));
+    const int64_t backwards = (live || trains ? runs.backwards : 0) + (live ? runs.backwards : 0);
+    count_.add(Axis::kEp, "all_to_all_v", 2 * runs.forwards + backwards,
+               saturating_multiply(rows, row));
   }
 
   TrafficCount& count_;
   const Plan& plan_;
   const ModelShape& shape_;
   const Grid::Sizes& sizes_;
-  bool sequence_;
+  bool sequence_, overlap_;
+  std::vector<Projections> projections_;  // by block
   int64_t compute_, residual_, wide_;     // bytes of an element
   int64_t tokens_ = 0, kept_ = 0;         // of a micro-batch; of them on this rank between layers
-  std::vector<Projections> projections_;  // by block
 };
 
 }  // namespace
 
-// A block has a backward where it or something before it learns; what is run again, and what came
-// from another stage, is always differentiated.
+// Something has a gradient where it or something before it in the stage learns; what is run again,
+// and what came from another stage, always has one.
 void count_blocks(TrafficCount& count) {
   const Plan& plan = count.plan;
   const int head = plan.model().shape.head_block();
-  const auto& frozen = plan.model().layout.options().frozen_blocks;
-  const auto trains = [&](int block) {
-    return std::find(frozen.begin(), frozen.end(), block) == frozen.end();
-  };
   const bool again = plan.resolved.parallel.recompute.mode == "block";
+  const RemadeParts remade = remade_parts(plan.resolved.parallel.recompute);
   const int64_t micro_batches = plan.batch.micro_batches;
   BlockCount blocks(count);
   for (const auto& chunk : count.layout.chunks) {
-    bool has_gradient = chunk.front() > 0;
+    bool live = chunk.front() > 0;
     for (const int block : chunk) {
       const bool is_layer = block > 0 && block < head;
-      const bool learns =
-          trains(block) || (block == head && trains(0) && plan.model().shape.tie_word_embeddings);
-      has_gradient = has_gradient || learns;
-      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), has_gradient ? micro_batches : 0,
-                      learns};
-      if (block == 0) blocks.embedding(runs);
-      if (is_layer) blocks.layer(block, runs);
-      if (block == head) blocks.head(runs);
-      has_gradient = has_gradient || (is_layer && again);
+      const Runs runs{micro_batches * (is_layer && again ? 2 : 1), micro_batches,
+                      remade.attention ? micro_batches : 0, remade.mlp ? micro_batches : 0};
+      if (block == 0) live = blocks.embedding(runs);
+      if (is_layer) live = blocks.layer(runs, block, live) || again;
+      if (block == head) blocks.head(runs, live);
     }
   }
 }

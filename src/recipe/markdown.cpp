@@ -47,9 +47,9 @@ builds* are known by name but refused by this one.
 )";
 
 std::string type_text(const Key& key) {
-  static const char* const kNames[] = {"integer", "number",           "boolean",
-                                       "text",    "list of integers", "list of numbers",
-                                       "list",    "list of maps"};
+  static const char* const kNames[] = {"integer",       "number",           "boolean",
+                                       "text",          "list of integers", "list of numbers",
+                                       "list of texts", "list of maps"};
   return kNames[static_cast<size_t>(key.type)];
 }
 

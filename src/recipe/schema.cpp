@@ -259,9 +259,9 @@ std::string format_value(const Key& key, const Value& value) {
 }
 
 std::string need_text(const Key& key) {
-  static const char* const kNames[] = {"an integer", "a number",           "true or false",
-                                       "text",       "a list of integers", "a list of numbers",
-                                       "a list",     "a list of maps"};
+  static const char* const kNames[] = {
+      "an integer",         "a number",          "true or false",   "text",
+      "a list of integers", "a list of numbers", "a list of texts", "a list of maps"};
   std::string text = kNames[static_cast<size_t>(key.type)];
   if (key.exact_count) text = fmt::format("a list of {} numbers", *key.exact_count);
   if (key.is_choice) {

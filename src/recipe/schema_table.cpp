@@ -92,6 +92,9 @@ void add_model_keys(std::vector<Key>& t) {
   t.push_back(KEY(model.attention_bias, "Biases on the attention projections."));
   t.push_back(KEY(model.tie_word_embeddings, "One matrix serves as embedding and as output head."));
   t.push_back(KEY(model.initializer_range, "Standard deviation of the initial weights.").above(0));
+  t.push_back(KEY(model.frozen,
+                  "Parameters that are not trained: patterns over their names, * for any run of "
+                  "characters; ! in front trains what it matches again; the last match decides."));
 }
 
 void add_expert_keys(std::vector<Key>& t) {
@@ -220,8 +223,11 @@ void add_precision_keys(std::vector<Key>& t) {
   t.push_back(KEY(precision.master, "Type of the optimizer's weights; fp64 when compute is fp64.")
                   .choice());
   t.push_back(KEY(precision.gradients,
-                  "Type of gradient accumulation and reduction; fp64 when compute is "
-                  "fp64.")
+                  "Type in which gradients are accumulated; fp64 when compute is fp64.")
+                  .choice());
+  t.push_back(KEY(precision.reduction,
+                  "Type in which gradients travel between data-parallel ranks and the stages of a "
+                  "tied embedding; auto = gradients.")
                   .choice());
   t.push_back(
       KEY(precision.loss_scale, "fp16 only: a fixed scale, or dynamic.").word("dynamic").above(0));
@@ -239,6 +245,10 @@ void add_parallel_keys(std::vector<Key>& t) {
   t.push_back(
       KEY(parallel.sequence, "Split norms and residual along the sequence; needs tensor > 1.")
           .free());
+  t.push_back(KEY(parallel.sequence_overlap,
+                  "Gathers and sums of parallel.sequence go round the tensor ranks part by part, "
+                  "each travelling while the part before it is multiplied.")
+                  .free());
   t.push_back(
       KEY(parallel.pipeline.size, "Pipeline stages.").range(1, kManyRanks).unit("ranks").free());
   t.push_back(KEY(parallel.pipeline.schedule, "Order of the micro-batches.").choice().free());

@@ -25,6 +25,7 @@ std::vector<ChoiceKey>& table_of_choices() {
       {"precision.residual", {"auto", "bf16", "fp32", "fp16", "fp64"}, {}},
       {"precision.master", {"fp32", "fp64"}, {}},
       {"precision.gradients", {"fp32", "fp64"}, {}},
+      {"precision.reduction", {"auto", "bf16", "fp16", "fp32", "fp64"}, {}},
       {"parallel.pipeline.schedule", {"gpipe", "1f1b", "interleaved", "zero_bubble"}, {}},
       {"parallel.context.method", {"ring", "all_to_all"}, {}},
       {"parallel.zero.reduce", {"auto", "step", "micro_batch"}, {}},

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "capstan/base/text.h"
+#include "capstan/plan/frozen.h"
 #include "capstan/trainer/prove.h"
 
 namespace capstan::trainer {
@@ -42,6 +43,7 @@ class Reducer {
     shrink_width();
     shrink_experts();
     shrink_layers();
+    keep_frozen();
     shrink_row();
     shrink_batch();
     set_numbers();
@@ -212,6 +214,24 @@ class Reducer {
     return "[" + join(words, ", ") + "]";
   }
 
+  // Patterns that name what is left; none where these would freeze all or tear a product apart.
+  void keep_frozen() {
+    std::vector<std::string>& patterns = r_.model.frozen;
+    if (patterns.empty()) return;
+    plan::ModelShape small = shape();
+    small.num_hidden_layers = r_.model.num_hidden_layers;
+    small.experts.count = r_.model.experts.count;
+    const auto all = plan::find_family(small.family).param_table(small);
+    const std::string before = join(patterns, " ");
+    std::erase_if(patterns, [&](const auto& pattern) { return !plan::matches_any(all, pattern); });
+    const auto table = plan::freeze(all, patterns);
+    const bool trains =
+        std::any_of(table.begin(), table.end(), [](const auto& spec) { return spec.trainable; });
+    if (!trains || !plan::frozen_apart(table).empty()) patterns.clear();
+    note("model.frozen", before, patterns.empty() ? "nothing" : join(patterns, " "),
+         "parameters that are left");
+  }
+
   void shrink_row() {
     const int64_t unit = (axes_.cp > 1 ? 2 * axes_.cp : 1) * (r_.parallel.sequence ? axes_.tp : 1);
     const int64_t before = r_.batch.sequence_length;
@@ -246,6 +266,9 @@ class Reducer {
 
   // Numbers that make every part of a few steps count.
   void set_numbers() {
+    if (whole_.precision.reduction != whole_.precision.gradients)
+      note("precision.reduction", r_.precision.reduction, "fp64",
+           "rounding is no part of a layout");
     r_.precision = {.compute = "fp64", .residual = "fp64", .master = "fp64", .gradients = "fp64"};
     note("precision.compute", whole_.resolved.precision.compute, "fp64", "a proof, not a sample");
     const double range =
@@ -300,7 +323,8 @@ std::string describe_layout(const recipe::Recipe& recipe, int ranks) {
   const recipe::Parallel& p = recipe.parallel;
   std::vector<std::string> parts;
   if (p.tensor > 1)
-    parts.push_back(fmt::format("tensor {}{}", p.tensor, p.sequence ? " with sequence" : ""));
+    parts.push_back(fmt::format("tensor {}{}{}", p.tensor, p.sequence ? " with sequence" : "",
+                                p.sequence_overlap ? ", overlapped" : ""));
   if (p.pipeline.size > 1)
     parts.push_back(
         fmt::format("pipeline {} ({}{})", p.pipeline.size, p.pipeline.schedule,

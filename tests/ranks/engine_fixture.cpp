@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "capstan/base/philox.h"
+#include "capstan/plan/frozen.h"
 #include "capstan/recipe/load.h"
 #include "support/run_ranks.h"
 
@@ -89,9 +90,8 @@ plan::Plan make_tiny_plan(const TinyRun& run) {
   if (run.bucket_bytes > 0) plan.bucket_bytes = run.bucket_bytes;
   if (!run.frozen_blocks.empty()) {
     auto& model = plan.models.at("policy");
-    auto options = model.layout.options();
-    options.frozen_blocks = run.frozen_blocks;
-    model.layout = plan::Layout(model.shape, std::vector(model.table()), options);
+    model.layout = plan::Layout(model.shape, plan::freeze_blocks(model.table(), run.frozen_blocks),
+                                model.layout.options());
   }
   return plan;
 }
@@ -145,8 +145,9 @@ TinyResult train(const TinyRun& run, const TinyHooks& hooks) {
         const auto objective =
             hooks.objective ? hooks.objective(rank) : make_next_token_objective();
         for (int64_t step = 0; step < run.steps; ++step)
-          reports[static_cast<size_t>(rank)].push_back(
-              engine.step(make_batches(engine.plan(), rank, step), *objective));
+          reports[static_cast<size_t>(rank)].push_back(engine.step(
+              make_batches(engine.plan(), engine.plan().grid.data_parallel_index(rank), step),
+              *objective));
         const std::string hash = engine.weights_hash();
         const std::lock_guard lock(mutex);
         if (!result.hash.empty()) {

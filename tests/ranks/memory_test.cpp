@@ -110,7 +110,7 @@ struct LayoutRecipe {
   const char* name;
   int ranks;
   std::string model, batch, parallel;
-  std::string compute = "fp32";
+  std::string compute = "fp32", reduction = "auto";
 };
 
 plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
@@ -127,7 +127,7 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
       "optimizer: {lr: 1.0e-3}\n"
       "lr_schedule: {kind: constant}\n"
       "precision: {compute: " +
-      recipe.compute +
+      recipe.compute + ", reduction: " + recipe.reduction +
       "}\n"
       "parallel: {" +
       recipe.parallel + "}\n";
@@ -209,6 +209,9 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"tensor_sequence", 2, kNarrow,
                      "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "tensor: 2, sequence: true"},
+        LayoutRecipe{"tensor_sequence_overlap", 2, kNarrow,
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
+                     "tensor: 2, sequence: true, sequence_overlap: true"},
         LayoutRecipe{"one_forward_one_backward", 2, kNarrow,
                      "global_samples: 120, micro_samples: 30, sequence_length: 256",
                      "pipeline: {size: 2, schedule: 1f1b}"},
@@ -264,6 +267,17 @@ INSTANTIATE_TEST_SUITE_P(
                      "zero: {stage: 1, offload: optimizer}"},
         LayoutRecipe{"zero_2", 2, kWide, "global_samples: 8, micro_samples: 2, sequence_length: 64",
                      "zero: {stage: 2}"},
+        LayoutRecipe{"copies_summed_in_bf16", 2, kWide,
+                     "global_samples: 4, micro_samples: 2, sequence_length: 64", "data: 2", "bf16",
+                     "bf16"},
+        LayoutRecipe{"zero_2_summed_in_bf16", 2, kWide,
+                     "global_samples: 8, micro_samples: 2, sequence_length: 64", "zero: {stage: 2}",
+                     "fp32", "bf16"},
+        LayoutRecipe{"frozen_parts", 2, kWide + ", frozen: ['*embed_tokens*', '*.0.self_attn.*']",
+                     "global_samples: 4, micro_samples: 2, sequence_length: 64", "data: 2"},
+        LayoutRecipe{"frozen_front", 2,
+                     kNarrow + ", frozen: ['*embed_tokens*', '*.0.*', '*.1.*', '*.2.*']",
+                     "global_samples: 64, micro_samples: 32, sequence_length: 256", "data: 2"},
         LayoutRecipe{"zero_3", 2, kWide, "global_samples: 8, micro_samples: 2, sequence_length: 64",
                      "zero: {stage: 3}"},
         LayoutRecipe{"zero_3_kept_bf16", 2, kWide,

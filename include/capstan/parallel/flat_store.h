@@ -82,7 +82,8 @@ class FlatStore final : public param::ParamStore {
   // Closes a pass: the whole gradient collected since the last one, with zeros where nobody wrote.
   // After the last pass of a step adding more is an error.
   [[nodiscard]] Tensor take_gradient(bool is_last_pass);
-  // What the sum of a taken gradient is written to: [shard_numel]. Hand it back by add_to_shard.
+  // What the sum of a taken gradient is written to: [shard_numel], in the type that `taken` has on
+  // its way. Hand it back by add_to_shard, in the order of the calls.
   [[nodiscard]] Tensor reduction_target(const Tensor& taken);
   void add_to_shard(const Tensor& summed);
   void end_step();

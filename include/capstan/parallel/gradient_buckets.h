@@ -8,12 +8,15 @@
 //      shards (a bucket is then one buffer);
 //   3. at the end of the step: all-reduce of shards over the replicas that are left, and the sum
 //      over the two stages that hold a tied embedding.
+// Sums 2 and 3 travel in the reduction's dtype and are kept in the gradients'; sums 1, which are
+// few, travel as they are. What has no other rank to go to is not rounded.
 // Sums are issued in the plan's order (plan::list_passes), the same on every rank.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <deque>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "capstan/comm/communicator.h"
@@ -50,8 +53,10 @@ class GradientBuckets {
     std::vector<int> tied_stores;
     std::vector<PartialSum> partial;
   };
-  // stores: all stores of the rank, addressed by index; they must outlive the buckets.
-  GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores, BucketHooks hooks);
+  // stores: all stores of the rank, addressed by index; they must outlive the buckets. reduction:
+  // what sums travel in; none: the gradients' own.
+  GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores, BucketHooks hooks,
+                  std::optional<at::ScalarType> reduction = std::nullopt);
 
   void begin_step();
   // What the passes have added to the store's gradient is to be summed. Issues what is now
@@ -67,12 +72,17 @@ class GradientBuckets {
     comm::Work work;
     int bucket = 0;
     Tensor taken, target;  // ZeRO: whole gradient, its part of the sum
+    Tensor travelling;     // stage 0: the bucket in the reduction's dtype; else undefined
   };
+  // `gradients` as it travels over `group`: itself unless rounded to the reduction's dtype.
+  [[nodiscard]] Tensor on_its_way(const Tensor& gradients, const comm::Communicator& group) const;
   void sum_partial(const Bucket& bucket, const std::vector<Tensor>& gradients);
   void issue_bucket(int index);
   void issue_shard(int index, bool is_last);
   void retire();
   void sum_replicas();
+  void sum_shards(const comm::Communicator& group, const std::vector<int>& stores);
+  void retire_sums(size_t most);
 
   std::vector<Bucket> buckets_;
   std::vector<FlatStore*> stores_;
@@ -82,6 +92,12 @@ class GradientBuckets {
   size_t next_ = 0;                // stage 0: first bucket not issued yet
   int finished_ = 0;               // buckets whose last sum has been issued
   std::deque<Pending> pending_;    // in order of issue
+  std::optional<at::ScalarType> reduction_;
+  struct ShardSum {
+    comm::Work work;
+    Tensor shard, travelling;
+  };
+  std::deque<ShardSum> shard_sums_;  // at the end of the step, in order of issue
 };
 
 }  // namespace capstan::parallel

@@ -60,6 +60,7 @@ struct ParamSpec {
   // Parameters with the same non-negative group within a block lie side by side in declared order
   // (q,k,v; gate,up), so that one GEMM can read them together.
   int fuse_group = -1;
+  bool trainable = true;  // false: no gradient and no optimizer state (model.frozen)
 };
 
 // Forward FLOPs of one token, by part, with causal attention counted exactly for rows of
@@ -94,6 +95,7 @@ struct ActivationQuery {
   int tensor = 1, context = 1;
   bool all_to_all = false;  // context by all-to-all instead of ring
   RemadeParts remade;       // counted as workspace while they are back
+  bool overlap = false;     // rows cut over the tensor axis travel part by part
 };
 // One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
 struct ActivationTerm {

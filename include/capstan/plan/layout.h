@@ -98,7 +98,6 @@ struct LayoutOptions {
   Grid grid;
   int zero_stage = 0;
   bool sequence_parallel = false;
-  std::vector<int> frozen_blocks;
   int64_t vocab_multiple = 64;  // local vocabulary rows are padded to it when tp > 1
   // First block of each pipeline stage; empty = layers in equal parts, earlier stages taking what
   // is left over.

@@ -30,6 +30,7 @@ struct Topology {
 
 struct PrecisionPlan {
   DType compute, residual, master, gradients;
+  DType reduction;  // of gradients on their way between ranks of the data axes and stages
   bool dynamic_loss_scale = false;
   double loss_scale = 1.0;  // fixed scale when not dynamic
 };
@@ -131,11 +132,11 @@ struct PlanInputs {
 //   schema 1 | choices [text] | device | world_size | threads_per_rank
 //   grid {pp, dp_replicate, dp_shard, cp, tp, ep} | zero_stage
 //   model {config.json keys, family} | parameters {total, trainable, groups {embedding, attention,
-//   ...: n}} precision {compute, residual, master, gradients, loss_scale: number | "dynamic" |
-//   null} batch {global_samples, micro_samples, sequence_length, samples_per_rank, micro_batches,
-//   tokens_per_step} run {total_steps, total_tokens} flops {convention, per_token, forward {linear,
-//   attention, head}, six_n} memory {rank, parameters, master, gradients, optimizer, activations,
-//   workspace, communication, data, peak,
+//   ...: n}} precision {compute, residual, master, gradients, reduction, loss_scale: number |
+//   "dynamic" | null} batch {global_samples, micro_samples, sequence_length, samples_per_rank,
+//   micro_batches, tokens_per_step} run {total_steps, total_tokens} flops {convention, per_token,
+//   forward {linear, attention, head}, six_n} memory {rank, parameters, master, gradients,
+//   optimizer, activations, workspace, communication, data, peak,
 //           checkpoint_snapshot, activation_terms [{part, phase, name, bytes}]}    bytes
 //   traffic {"axis/op": {calls, bytes}}    per step, rank 0
 //   buckets [{blocks [n], bytes}]          in the order of their reductions, rank 0

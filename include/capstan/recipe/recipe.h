@@ -66,6 +66,7 @@ struct Model {
   bool attention_bias = false;
   bool tie_word_embeddings = true;
   double initializer_range = 0.02;
+  std::vector<std::string> frozen;  // patterns over names of parameters
   Experts experts;
 };
 
@@ -119,6 +120,7 @@ struct Precision {
   std::string residual = "auto";
   std::string master = "fp32";
   std::string gradients = "fp32";
+  std::string reduction = "auto";    // auto = gradients
   std::optional<double> loss_scale;  // none = dynamic; fp16 only
 };
 
@@ -148,6 +150,7 @@ struct Parallel {
   std::optional<int64_t> data;  // auto = world size / (tensor x pipeline x context)
   int64_t tensor = 1;
   bool sequence = false;
+  bool sequence_overlap = false;
   Pipeline pipeline;
   ContextParallel context;
   int64_t expert = 1;

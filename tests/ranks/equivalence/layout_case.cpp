@@ -42,6 +42,7 @@ const std::map<std::string, std::string>& keys() {
       {"length", "batch.sequence_length"},
       {"tp", "parallel.tensor"},
       {"sp", "parallel.sequence"},
+      {"sp_overlap", "parallel.sequence_overlap"},
       {"pp", "parallel.pipeline.size"},
       {"schedule", "parallel.pipeline.schedule"},
       {"chunks", "parallel.pipeline.chunks"},
@@ -70,6 +71,9 @@ std::string draw_value(std::mt19937_64& random, const LayoutAxis& axis) {
 LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   LayoutCase drawn;
   for (const LayoutAxis& axis : all_axes()) drawn.values[axis.name] = draw_value(random, axis);
+  // Seldom, so that most cases share their one-rank run with others.
+  for (const char* axis : {"length", "frozen"})
+    if (random() % 3 > 0) drawn.values[axis] = axis == std::string("length") ? "32" : "none";
   for (const auto& [axis, value] : fixed) drawn.values[axis] = value;
   // Most free draws contradict themselves; what only follows from another axis is set right, unless
   // it is asked for.
@@ -81,6 +85,7 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   };
   auto& v = drawn.values;
   settle(v["tp"] == "1", "sp", "false");
+  settle(v["sp"] == "false", "sp_overlap", "false");
   settle(v["family"] == "llama", "ep", "1");
   settle(v["family"] == "llama", "router", "softmax");
   settle(v["schedule"] == "gpipe" || v["schedule"] == "1f1b", "chunks", "1");
@@ -109,7 +114,8 @@ const std::vector<LayoutAxis>& model_axes() {
                                                {"kv", {"2", "4", "1"}},
                                                {"documents", {"joined", "separate"}},
                                                {"window", {"none", "9"}},
-                                               {"length", {"32", "12"}}};
+                                               {"length", {"32", "12"}},
+                                               {"frozen", {"none", "embedding", "attention", "most"}}};
   return axes;
 }
 
@@ -117,6 +123,7 @@ const std::vector<LayoutAxis>& layout_axes() {
   static const std::vector<LayoutAxis> axes = {
       {"tp", {"1", "2", "4"}},
       {"sp", {"false", "true"}},
+      {"sp_overlap", {"false", "true"}},
       {"pp", {"1", "2", "3", "4"}},
       {"schedule", {"gpipe", "1f1b", "interleaved", "zero_bubble"}},
       {"chunks", {"1", "2", "3"}},
@@ -161,6 +168,13 @@ std::vector<std::string> LayoutCase::overrides() const {
     for (const char* key : {"model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
                             "model.experts.auxiliary_scope=global"})
       list.push_back(key);
+  // `most` leaves an MLP whose input needs no gradient, and single norms.
+  static const std::map<std::string, std::string> frozen = {
+      {"none", "[]"},
+      {"embedding", "['model.embed_tokens.*']"},
+      {"attention", "['model.layers.1.self_attn.*']"},
+      {"most", "['*', '!model.layers.2.mlp.*', '!*.3.input_layernorm.weight', '!model.norm.*']"}};
+  list.push_back("model.frozen=" + frozen.at(values.at("frozen")));
   if (compute != "fp64")
     list.push_back("optimizer.lr=1.0e-3");  // else noise grows from step to step
   if (values.at("zero") != "0") list.push_back("parallel.zero.shard_size=" + values.at("dp_shard"));

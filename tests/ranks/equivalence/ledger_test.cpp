@@ -126,12 +126,15 @@ TEST(Ledger, OddLayouts_SendWhatThePlanPredicts) {
                                            "model.num_hidden_layers=4"};
   const std::vector<std::string> cut = {"parallel.tensor=2", "parallel.sequence=true",
                                         "batch.sequence_length=16", "parallel.context.size=2"};
+  const std::string bias_only = "model.frozen=['*', '!*.1.*.bias', '!*.0.self_attn.o_proj.bias']";
   const auto with = [](std::vector<std::string> list, const std::vector<std::string>& more) {
     list.insert(list.end(), more.begin(), more.end());
     return list;
   };
   const OddCase cases[] = {
       {"bf16, tensor, sequence and context", {.ranks = 4, .overrides = with(cut, {bf16})}},
+      {"bf16, overlapped sequence",
+       {.ranks = 4, .overrides = with(cut, {bf16, "parallel.sequence_overlap=true"})}},
       {"bf16 pipeline", {.ranks = 2, .overrides = {bf16, "parallel.pipeline.size=2"}}},
       {"bf16 ZeRO 2", {.ranks = 2, .overrides = {bf16, "parallel.zero.stage=2"}}},
       {"three chunks of the head",
@@ -146,6 +149,26 @@ TEST(Ledger, OddLayouts_SendWhatThePlanPredicts) {
        {.ranks = 2,
         .overrides = {"parallel.tensor=2", "model.tie_word_embeddings=false"},
         .frozen_blocks = {0, 1, 2}}},
+      {"frozen all but biases",
+       {.ranks = 4, .overrides = with(cut, {"model.attention_bias=true", bias_only})}},
+      {"frozen all but outputs",
+       {.ranks = 2,
+        .overrides = {"parallel.tensor=2", "parallel.sequence=true",
+                      "model.frozen=['*', '!*.0.self_attn.o_proj.*', '!*.1.mlp.down_proj.*']"}}},
+      {"frozen all but norms",
+       {.ranks = 4, .overrides = with(cut, {"model.frozen=['*', '!*.1.*norm.weight']"})}},
+      {"sums in bf16",
+       {.ranks = 4,
+        .overrides = {"precision.reduction=bf16", "parallel.zero.stage=2",
+                      "parallel.zero.shard_size=2", "parallel.pipeline.size=2"}}},
+      {"sums in fp32, hybrid shards",
+       {.ranks = 4,
+        .overrides = {"precision.reduction=fp32", "parallel.zero.stage=3",
+                      "parallel.zero.shard_size=2"}}},
+      {"copies summed in bf16, tied over stages",
+       {.ranks = 4,
+        .overrides = {"precision.reduction=bf16", "parallel.pipeline.size=2"},
+        .bucket_bytes = 4096}},
       {"large buckets",
        {.ranks = 4,
         .overrides = {"parallel.tensor=2", "parallel.sequence=true"},

@@ -18,6 +18,7 @@
 #include "capstan/ops/router.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/parallel/parallel_seams.h"
+#include "capstan/plan/frozen.h"
 #include "ranks/parallel/seams_case.h"
 #include "support/gradient_check.h"
 #include "support/run_ranks.h"
@@ -62,9 +63,10 @@ plan::Layout layout_of(const ExpertCase& c, bool one_rank) {
   plan::LayoutOptions options;
   if (!one_rank) options.grid = plan::Grid(c.sizes());
   options.sequence_parallel = c.sequence && !one_rank;
-  options.frozen_blocks = c.frozen_blocks;
   options.vocab_multiple = 4;
-  return plan::Layout(shape, plan::find_family("moe").param_table(shape), options);
+  return plan::Layout(
+      shape, plan::freeze_blocks(plan::find_family("moe").param_table(shape), c.frozen_blocks),
+      options);
 }
 
 Tensor ids_of(const ExpertCase& c) {

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "capstan/parallel/context_split.h"
+#include "capstan/plan/frozen.h"
 #include "ranks/comm_backends.h"
 #include "support/gradient_check.h"
 
@@ -50,9 +51,10 @@ plan::Layout layout_of(const SeamsCase& c, bool one_rank) {
   plan::LayoutOptions options;
   if (!one_rank) options.grid = plan::Grid({.cp = c.cp, .tp = c.tp});
   options.sequence_parallel = c.sequence && !one_rank;
-  options.frozen_blocks = c.frozen_blocks;
   options.vocab_multiple = c.vocab_multiple;
-  return plan::Layout(shape, plan::find_family("llama").param_table(shape), options);
+  return plan::Layout(
+      shape, plan::freeze_blocks(plan::find_family("llama").param_table(shape), c.frozen_blocks),
+      options);
 }
 
 Batch batch_of(const SeamsCase& c) {

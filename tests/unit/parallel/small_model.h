@@ -9,6 +9,7 @@
 
 #include "capstan/parallel/flat_store.h"
 #include "capstan/plan/family.h"
+#include "capstan/plan/frozen.h"
 
 namespace capstan::parallel::testing {
 
@@ -27,10 +28,9 @@ struct SmallModel {
     shape.num_key_value_heads = 1;
     shape.head_dim = 6;
     shape.max_position_embeddings = 16;
-    table = plan::find_family("llama").param_table(shape);
+    table = plan::freeze_blocks(plan::find_family("llama").param_table(shape), frozen_blocks);
     plan::LayoutOptions options;
     options.grid = plan::Grid(plan::Grid::Sizes{});
-    options.frozen_blocks = frozen_blocks;
     layout = plan::Layout(shape, table, options).rank(0);
   }
 

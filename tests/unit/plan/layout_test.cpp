@@ -7,6 +7,7 @@
 #include <map>
 
 #include "capstan/base/error.h"
+#include "capstan/plan/frozen.h"
 #include "shapes.h"
 
 namespace capstan::plan {
@@ -193,7 +194,9 @@ TEST(Layout, ShardsAreMultiplesOfTheAlignment) {
 }
 
 TEST(Layout, FrozenBlocksHaveBuffersThatAreNotTrained) {
-  const Layout layout = make_layout(testing::tiny_shape(), {}, {.frozen_blocks = {0, 2}});
+  const ModelShape shape = testing::tiny_shape();
+  const Layout layout(shape, freeze_blocks(table_of(shape), std::vector{0, 2}),
+                      {.grid = Grid(Grid::Sizes{})});
   const RankLayout rank = layout.rank(0);
   for (const FlatBuffer& buffer : rank.buffers)
     EXPECT_EQ(buffer.trainable, buffer.block != 0 && buffer.block != 2);

@@ -51,6 +51,48 @@ TEST(Traffic, SequenceParallelGathersAndScattersTheSameStream) {
   expect_traffic(t, "tp/all_reduce", 2 * 2 + 1, 2 * 3 * 1024 * 4 + 9 * 256 * 4);
 }
 
+TEST(Traffic, OverlappedSequenceParallelGoesRoundPartByPart) {
+  const Traffic t = plan_of(resolved({"parallel.tensor=2", "parallel.sequence=true",
+                                      "parallel.sequence_overlap=true"}),
+                            machine(2))
+                        .traffic;
+  // Per layer 2 forward and 2 backward sums, 6 gathers, each one hop; embedding and head as before.
+  expect_traffic(t, "tp/send", 2 * 4 * 10, 2 * 4 * 10 * kStream / 2);
+  expect_traffic(t, "tp/recv", 2 * 4 * 10, 2 * 4 * 10 * kStream / 2);
+  expect_traffic(t, "tp/reduce_scatter", 2 * 2, 2 * 2 * kStream);
+  expect_traffic(t, "tp/all_gather", 2 * 2, 2 * 2 * kStream / 2);
+}
+
+TEST(Traffic, GradientsTravelInTheReductionsType) {
+  const auto traffic = [](std::vector<std::string> layout, const std::string& type, int ranks) {
+    layout.push_back("precision.reduction=" + type);
+    return plan_of(resolved(layout), machine(ranks)).traffic;
+  };
+  const auto half = [&](const std::vector<std::string>& layout, const std::string& key, int ranks) {
+    const TrafficEntry wide = traffic(layout, "fp32", ranks).at(key),
+                       narrow = traffic(layout, "bf16", ranks).at(key);
+    EXPECT_EQ(narrow.calls, wide.calls) << key;
+    EXPECT_EQ(narrow.bytes, wide.bytes / 2) << key;
+  };
+  half({}, "dp_replicate+dp_shard+cp/all_reduce", 2);
+  for (const std::string stage : {"1", "2", "3"})
+    half({"parallel.zero.stage=" + stage}, kShardReduce, 2);
+  half({"parallel.zero.stage=3", "parallel.zero.shard_size=2", "batch.micro_samples=2"},
+       "dp_replicate/all_reduce", 4);
+  half({"parallel.pipeline.size=2"}, "pp/all_reduce", 2);
+  // Weights, and the norms that tensor ranks sum, are no part of it.
+  const auto gathers = [&](const char* type) {
+    return traffic({"parallel.zero.stage=3"}, type, 2).at(kShardGather).bytes;
+  };
+  EXPECT_EQ(gathers("bf16"), gathers("fp32"));
+  const auto norms = [&](const char* type) {
+    return traffic({"parallel.tensor=2", "parallel.sequence=true"}, type, 2)
+        .at("tp/all_reduce")
+        .bytes;
+  };
+  EXPECT_EQ(norms("bf16"), norms("fp32"));
+}
+
 TEST(Traffic, CopiedKeyValueHeadsAreSummedOverTheirHolders) {
   const Traffic t = plan_of(resolved({"parallel.tensor=4"}), machine(4)).traffic;
   // Two ranks hold each of the 2 heads: 4 layers x key and value of 64 x 256, one sum per bucket.

@@ -48,6 +48,7 @@ const std::map<std::string, Overrides> kTied = {
     {"model.experts.z_loss", of_experts({"z_loss=0.001"})},
     {"model.experts.bias_update_rate", of_experts({"bias_update_rate=0.001"})},
     {"model.experts.capacity_factor", of_experts({"capacity_factor=1.5"})},
+    {"model.frozen", {"model.frozen=['*norm*', '!model.norm.weight']"}},
     {"data.train", {"data.train=[{path: corpus/train}, {path: corpus/more}]"}},
     {"data.validation", {"data.validation=[]"}},
     {"batch.micro_samples", {"batch.micro_samples=4"}},

@@ -181,6 +181,7 @@ struct Draws {
 std::vector<std::string> draw_overrides(Draws& d) {
   return {d.of("parallel.tensor", "1", "2", "4", "8"),
           d.of("parallel.sequence", "true", "false"),
+          d.of("parallel.sequence_overlap", "false", "false", "true"),
           d.of("parallel.pipeline.size", "1", "2", "3", "4", "8"),
           d.of("parallel.pipeline.schedule", "gpipe", "1f1b", "interleaved", "zero_bubble"),
           d.of("parallel.pipeline.chunks", "1", "2", "4"),
