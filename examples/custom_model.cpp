@@ -98,23 +98,28 @@ plan::ForwardFlops forward_flops(const plan::ModelShape& shape, int64_t sequence
   return flops;
 }
 
-// As Llama, less what the second norm and the gate keep.
+// As Llama, less what the second norm and the gate keep, and with one more temporary in the
+// backward of the square.
 plan::ActivationBytes activation_bytes(const plan::ModelShape& shape,
                                        const plan::ActivationQuery& query) {
   using Part = plan::ActivationTerm::Part;
   plan::ActivationBytes bytes = plan::find_family("llama").activation_bytes(shape, query);
   const int64_t kept = query.kept_tokens > 0 ? query.kept_tokens : query.tokens;
-  const auto drop = [&](Part part, int64_t& sum, const char* name, int64_t elements, DType dtype) {
-    const int64_t size = plan::allocation_bytes(elements * static_cast<int64_t>(size_of(dtype)));
-    sum -= size;
-    bytes.terms.push_back({.part = part, .name = name, .bytes = -size});
+  const auto size = [](int64_t elements, DType dtype) {
+    return plan::allocation_bytes(elements * static_cast<int64_t>(size_of(dtype)));
   };
-  const int64_t stream = kept * shape.hidden_size, mlp = query.tokens * shape.intermediate_size;
-  drop(Part::kLayer, bytes.saved_per_layer, "no second residual", stream, query.residual);
-  drop(Part::kLayer, bytes.saved_per_layer, "no second norm", stream, query.compute);
-  drop(Part::kLayer, bytes.saved_per_layer, "no gate", mlp, query.compute);
-  drop(Part::kWeightWork, bytes.weight_work, "no second norm", stream, query.compute);
-  drop(Part::kWeightWork, bytes.weight_work, "no gate", mlp, query.compute);
+  const int64_t norm = size(kept * shape.hidden_size, query.compute),
+                residual = size(kept * shape.hidden_size, query.residual),
+                mlp = size(query.tokens * shape.intermediate_size, query.compute);
+  const auto change = [&](Part part, int64_t& sum, const char* name, int64_t by) {
+    sum += by;
+    bytes.terms.push_back({.part = part, .name = name, .bytes = by});
+  };
+  change(Part::kLayer, bytes.saved_per_layer, "no second norm", -norm - residual);
+  change(Part::kLayer, bytes.saved_per_layer, "no gate", -mlp);
+  change(Part::kWeightWork, bytes.weight_work, "no second norm", -norm);
+  change(Part::kWeightWork, bytes.weight_work, "no gate", -mlp);
+  change(Part::kLayerWorkspace, bytes.layer_workspace, "gradient of the square", mlp);
   return bytes;
 }
 
