@@ -8,6 +8,7 @@
 #include "capstan/base/bytes.h"
 #include "capstan/base/text.h"
 #include "capstan/plan/experts.h"
+#include "capstan/plan/frozen.h"
 #include "capstan/plan/plan.h"
 #include "plan/describe_internal.h"
 
@@ -47,6 +48,8 @@ std::string describe_model(const Plan& plan) {
                                 s.experts.shared_intermediate_size > 0 ? " and a shared one" : "",
                                 s.experts.router));
   text += row("parameters", format_count(model.parameters));
+  if (const int64_t trained = count_trainable(model.table()); trained < model.parameters)
+    text += row("", fmt::format("{} of them trained", format_count(trained)));
   if (s.experts.count > 0)
     text += row("", fmt::format("{} of them for one token",
                                 format_count(count_active_parameters(s, model.table()))));

@@ -63,6 +63,12 @@ std::vector<ParamSpec> freeze_blocks(std::vector<ParamSpec> table, std::span<con
   return table;
 }
 
+int64_t count_trainable(const std::vector<ParamSpec>& table) {
+  int64_t count = 0;
+  for (const ParamSpec& spec : table) count += spec.trainable ? numel(spec.shape) : 0;
+  return count;
+}
+
 std::vector<FrozenApart> frozen_apart(const std::vector<ParamSpec>& table) {
   std::map<std::pair<int, int>, std::pair<const ParamSpec*, const ParamSpec*>> seen;
   for (const ParamSpec& spec : table) {

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/frozen.h"
 #include "capstan/plan/plan.h"
 #include "plan/rank_report_internal.h"
 #include "plan/resolve_internal.h"
@@ -36,12 +37,11 @@ Json model_json(const Plan& plan) {
 
 Json parameters_json(const Plan& plan) {
   const ModelPlan& model = plan.model();
-  int64_t trainable = model.parameters;
-  for (const ParamSpec& spec : model.table())
-    if (!spec.trainable) trainable -= numel(spec.shape);
   Json groups = Json::object();
   for (const auto& [name, count] : parameter_groups(model.table())) groups[name] = count;
-  return {{"total", model.parameters}, {"trainable", trainable}, {"groups", groups}};
+  return {{"total", model.parameters},
+          {"trainable", count_trainable(model.table())},
+          {"groups", groups}};
 }
 
 Json precision_json(const PrecisionPlan& p) {

@@ -3,6 +3,7 @@
 // Which parameters are not trained (model.frozen). They keep their value: no gradient, no optimizer
 // state, no part in the norm; checkpoints hold them like the others.
 #pragma once
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -18,6 +19,7 @@ namespace capstan::plan {
                                             const std::vector<std::string>& patterns);
 [[nodiscard]] std::vector<ParamSpec> freeze_blocks(std::vector<ParamSpec> table,
                                                    std::span<const int> blocks);
+[[nodiscard]] int64_t count_trainable(const std::vector<ParamSpec>& table);  // elements
 [[nodiscard]] bool matches_any(const std::vector<ParamSpec>& table, std::string_view pattern);
 
 // Parameters that are trained together or not at all, when `table` separates some: those that one

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/plan/frozen.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <set>
@@ -65,6 +66,14 @@ TEST(Frozen, WhatOneProductReads_IsFrozenTogether) {
   EXPECT_EQ(apart({"model.layers.0.self_attn.q_proj.weight"}), 1u);
   EXPECT_EQ(apart({"*.mlp.up_proj.weight"}),
             static_cast<size_t>(testing::tiny_shape().num_hidden_layers));
+}
+
+TEST(Frozen, ThePlanSaysHowManyAreTrained) {
+  const Plan plan = plan_of(resolved({"model.frozen=['*', '!model.norm.weight']"}), machine(1));
+  EXPECT_THAT(describe_plan(plan), ::testing::HasSubstr("256 of them trained"));
+  EXPECT_THAT(plan_json(plan), ::testing::HasSubstr("\"trainable\": 256"));
+  EXPECT_THAT(describe_plan(plan_of(resolved(), machine(1))),
+              ::testing::Not(::testing::HasSubstr("of them trained")));
 }
 
 // Weights stay, gradients and optimizer states go.

@@ -193,6 +193,7 @@ std::vector<std::string> draw_overrides(Draws& d) {
           d.of("model.num_key_value_heads", "1", "2", "8", "32", "24"),
           d.of("model.num_attention_heads", "32", "24", "96"),
           d.of("model.head_dim", "auto", "128"),
+          d.of("model.frozen", "[]", "['model.embed_tokens.*', '*.0.self_attn.*']", "['*.5.*']"),
           d.of("model.num_hidden_layers", "1", "6", "7", "32", "80"),
           d.of("model.vocab_size", "128256", "32768", "50257"),
           d.of("model.sliding_window", "none", "4096"),
@@ -222,6 +223,10 @@ TEST(ProveReduce, RandomRecipes_KeepTheirTraits) {
     ASSERT_LE(run.ranks, 64);
     const plan::Plan small = plan_of(run);
     ASSERT_LT(small.model().parameters, 3'000'000);
+    const auto freezes_front = [](const plan::Plan& plan) {
+      return !plan.model().table().front().trainable;
+    };
+    ASSERT_EQ(freezes_front(small), freezes_front(*whole));
     if (small.grid.sizes() != whole->grid.sizes()) continue;
     ++whole_axes;
     ASSERT_EQ(traits(small), traits(*whole));
