@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/frozen.h"
 #include "plan/memory_internal.h"
 #include "plan/resolve_internal.h"
 
@@ -108,10 +109,12 @@ MemoryReport report_memory(const Plan& plan, int rank) {
 }
 
 int64_t predict_checkpoint_bytes(const Plan& plan) {
-  // Weights and two moments, and room for headers, manifest, recipe and tokenizer.
+  // Weights and two moments of those that are trained, and room for headers, manifest, recipe and
+  // tokenizer.
   constexpr int64_t kSlack = 4 * kMiB, kSlackPerRank = 64 * kKiB;
-  return 3 * plan.model().parameters * static_cast<int64_t>(size_of(plan.precision.master)) +
-         kSlack + kSlackPerRank * plan.grid.size();
+  const int64_t elements = plan.model().parameters + 2 * count_trainable(plan.model().table());
+  return elements * static_cast<int64_t>(size_of(plan.precision.master)) + kSlack +
+         kSlackPerRank * plan.grid.size();
 }
 
 // Ranks of a host are consecutive; where it holds all of them each counts for itself, else as the
