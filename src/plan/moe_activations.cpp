@@ -46,6 +46,8 @@ void add_saved(Terms& t, const ModelShape& shape, const ActivationQuery& q, int6
   const ExpertShape& e = shape.experts;
   const DType wide = statistics_dtype(q.compute);
   const int64_t routed = routed_tokens(q);
+  const bool takes_own = q.tensor > 1 && q.kept_tokens == q.tokens;  // else they are own already
+  if (takes_own) t.add("own tokens", routed, shape.hidden_size, q.compute);
   t.add("router logits", routed, e.count, wide);
   t.add("chosen experts", routed, e.per_token, DType::kInt64);
   t.add("weights of the chosen", routed, e.per_token, wide);

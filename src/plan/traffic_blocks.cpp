@@ -84,7 +84,7 @@ class BlockCount {
 
   [[nodiscard]] bool layer(const Runs& runs, int block, bool live) {
     const Trained trained(plan_.model().table(), block);
-    if (!trained.knows("self_attn.q_proj.weight")) return other_layer(runs, block, live);
+    if (!has_known_layers(block, trained)) return other_layer(runs, block, live);
     const bool biases = shape_.attention_bias;
     Pair heads{.in = live || trained("input_layernorm"),
                .column = trained("self_attn.q_proj.weight"),
@@ -152,6 +152,14 @@ class BlockCount {
       sum_parts(again);  // out
     }
     return learns;
+  }
+
+  // Attention, and an MLP or experts, as llama has them and nothing else.
+  [[nodiscard]] bool has_known_layers(int block, const Trained& trained) const {
+    const auto [columns, rows] = projections_.at(static_cast<size_t>(block));
+    const bool has_mlp = shape_.experts.count == 0 || shape_.experts.shared_intermediate_size > 0;
+    const int64_t pairs = has_mlp ? 2 : 1;
+    return trained.knows("self_attn.q_proj.weight") && columns == pairs && rows == pairs;
   }
 
   // Of a family whose layers the plan knows by their weights alone: all of it learns, or none.

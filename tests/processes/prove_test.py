@@ -32,7 +32,7 @@ class Prove(unittest.TestCase):
 
     def test_large_recipes_are_proven_without_their_machines(self):
         done = self.prove("llama3/70b-64gpu", "--steps", "2", "--seed", "7")
-        self.assertIn("proven: tensor 8 with sequence, data 8 (ZeRO 3, 8 shards), recompute block on 64 ranks", done.stdout)
+        self.assertIn("proven: tensor 8 with sequence, data 8 (ZeRO 3, 8 shards), recompute of blocks on 64 ranks", done.stdout)
 
     def test_what_differs_is_named(self):
         done = self.prove("debug/zero3", "--bar", "0", code=1)

@@ -149,8 +149,7 @@ struct Recompute {
 struct Parallel {
   std::optional<int64_t> data;  // auto = world size / (tensor x pipeline x context)
   int64_t tensor = 1;
-  bool sequence = false;
-  bool sequence_overlap = false;
+  bool sequence = false, sequence_overlap = false;
   Pipeline pipeline;
   ContextParallel context;
   int64_t expert = 1;

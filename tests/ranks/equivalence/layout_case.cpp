@@ -108,14 +108,15 @@ std::vector<Pair> pairs_of(const LayoutCase& layout) {
 }  // namespace
 
 const std::vector<LayoutAxis>& model_axes() {
-  static const std::vector<LayoutAxis> axes = {{"family", {"llama", "moe"}},
-                                               {"router", {"softmax", "sigmoid"}},
-                                               {"tied", {"false", "true"}},
-                                               {"kv", {"2", "4", "1"}},
-                                               {"documents", {"joined", "separate"}},
-                                               {"window", {"none", "9"}},
-                                               {"length", {"32", "12"}},
-                                               {"frozen", {"none", "embedding", "attention", "most"}}};
+  static const std::vector<LayoutAxis> axes = {
+      {"family", {"llama", "moe"}},
+      {"router", {"softmax", "sigmoid"}},
+      {"tied", {"false", "true"}},
+      {"kv", {"2", "4", "1"}},
+      {"documents", {"joined", "separate"}},
+      {"window", {"none", "9"}},
+      {"length", {"32", "12"}},
+      {"frozen", {"none", "embedding", "attention", "most"}}};
   return axes;
 }
 
