@@ -126,6 +126,16 @@ void check_table(Draft& draft, const ModelShape& shape) {
   }
 }
 
+// A family that says of no part what running it again costs has none that would.
+void check_parts(Draft& draft, const ModelShape& shape) {
+  if (draft.recipe.parallel.recompute.mode != "selective") return;
+  const ForwardFlops flops = find_family(shape.family).forward_flops(shape, 1);
+  if (flops.again_attention > 0 || flops.again_mlp > 0) return;
+  draft.refuse({"parallel.recompute.mode", "selective", "none or block",
+                fmt::format("layers of model.family {} have no parts that run again", shape.family),
+                "Set parallel.recompute.mode: block"});
+}
+
 void throw_if_refused(Draft& draft) {
   if (!draft.problems.empty()) throw recipe::RecipeError(std::move(draft.problems));
 }
@@ -145,6 +155,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   check_split(draft, shape);
   if (draft.problems.empty()) check_size(draft, shape);
   if (draft.problems.empty()) check_table(draft, shape);
+  if (draft.problems.empty()) check_parts(draft, shape);
   if (draft.problems.empty()) check_frozen(draft, shape);
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;

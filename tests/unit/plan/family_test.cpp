@@ -267,6 +267,21 @@ TEST(Families, OwnOnesAreLegalInRecipesAndCutAsTheirTableSays) {
     EXPECT_THAT(text, HasSubstr(words));
 }
 
+// Recompute that a family does not know must not look as if it were done.
+TEST(Families, SelectiveRecomputeNeedsPartsThatRunAgain) {
+  FamilyDef whole = find_family("llama");
+  whole.name = "test_whole_layers";
+  whole.forward_flops = [](const ModelShape&, int64_t) { return ForwardFlops{.linear = 1}; };
+  register_family(whole);
+  const std::vector<std::string> parts = {"parallel.recompute.mode=selective",
+                                          "parallel.recompute.parts=[mlp, norm]"};
+  EXPECT_EQ(refusal_of(parts, 1), "");
+  EXPECT_EQ(refusal_of({"model.family=test_whole_layers", "parallel.recompute.mode=block"}, 1), "");
+  EXPECT_THAT(refusal_of({"model.family=test_whole_layers", parts[0], parts[1]}, 1),
+              HasSubstr("parallel.recompute.mode: got selective, need none or block (layers of "
+                        "model.family test_whole_layers have no parts that run again)"));
+}
+
 TEST(Families, ExpertsFollowTheTable) {
   ParamSpec expert = extra_matrix(8);
   expert.tensor = {};
