@@ -1,0 +1,29 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/device/accelerator.h"
+
+#include <atomic>
+
+#include "capstan/base/check.h"
+
+namespace capstan::device {
+namespace {
+
+std::atomic<Accelerator*> installed = nullptr;
+
+}  // namespace
+
+Accelerator* accelerator() { return installed.load(std::memory_order_acquire); }
+
+void install_accelerator(Accelerator* accelerator) {
+  Accelerator* none = nullptr;
+  CAPSTAN_CHECK(installed.compare_exchange_strong(none, accelerator) || none == accelerator,
+                "a second accelerator beside {}", none->name());
+}
+
+c10::Device run_device() {
+  const Accelerator* const here = accelerator();
+  return here ? here->device() : c10::Device(c10::DeviceType::CPU);
+}
+
+}  // namespace capstan::device
