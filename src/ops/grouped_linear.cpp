@@ -43,8 +43,7 @@ Tensor forward(const Tensor& x_RD, const Projections& projections,
     const Tensor weight_OD = p.weight();
     if (!y_RO.defined()) y_RO = at::empty({x_RD.size(0), weight_OD.size(0)}, x_RD.options());
     if (count == 0) return;
-    Tensor out = y_RO.narrow(0, first, count);
-    at::mm_out(out, x_RD.narrow(0, first, count), weight_OD.t());
+    multiply_into(y_RO.narrow(0, first, count), x_RD.narrow(0, first, count), weight_OD.t());
   });
   return y_RO;
 }
@@ -82,8 +81,7 @@ Tensor grouped_linear(const Tensor& x_RD, std::span<const Projection> list,
       if (!dx_RD.defined())
         dx_RD = at::empty({grad_RO.size(0), weight_OD.size(1)}, grad_RO.options());
       if (count == 0) return;
-      Tensor out = dx_RD.narrow(0, first, count);
-      at::mm_out(out, grad, weight_OD);
+      multiply_into(dx_RD.narrow(0, first, count), grad, weight_OD);
     });
     return {dx_RD};
   };

@@ -74,11 +74,14 @@ struct Chunks {
   template <class Visit>
   void for_each(const Visit& visit) const {
     const int64_t tokens = x_ND.size(0);
-    const Tensor buffer = at::empty({std::min(size, tokens), weight_VD.size(0)}, x_ND.options());
+    // Logits of a weight kept wide stay wide.
+    const bool wide = weight_VD.element_size() > x_ND.element_size();
+    const Tensor buffer = at::empty({std::min(size, tokens), weight_VD.size(0)},
+                                    wide ? weight_VD.options() : x_ND.options());
     for (int64_t first = 0; first < tokens; first += size) {
       const int64_t n = std::min(size, tokens - first);
       Tensor logits_nV = buffer.narrow(0, 0, n);
-      at::mm_out(logits_nV, x_ND.narrow(0, first, n), weight_VD.t());
+      multiply_into(logits_nV, x_ND.narrow(0, first, n), weight_VD.t());
       visit(logits_nV, first, n);
     }
   }
@@ -100,8 +103,7 @@ void accumulate_now(const Projection& head, const Tensor& d_logits_nV, const Ten
 void push_gradients(const Chunks& chunks, const Projection& head, const Tensor& d_logits_nV,
                     int64_t first, const Tensor& dx_ND) {
   const int64_t n = d_logits_nV.size(0);
-  Tensor dx_nD = dx_ND.narrow(0, first, n);
-  at::mm_out(dx_nD, d_logits_nV, chunks.weight_VD);
+  multiply_into(dx_ND.narrow(0, first, n), d_logits_nV, chunks.weight_VD);
   if (head.trainable()) accumulate_now(head, d_logits_nV, chunks.x_ND.narrow(0, first, n));
 }
 

@@ -31,30 +31,45 @@ std::vector<Param> params_of(const Projection& projection, bool with_bias) {
   return params;
 }
 
+bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
+
 }  // namespace
+
+void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
+  if (have_same_type(a, b) && have_same_type(a, out)) {
+    at::mm_out(out, a, b);
+    return;
+  }
+  const auto type = a.element_size() < b.element_size() ? b.scalar_type() : a.scalar_type();
+  out.copy_(at::mm(a.to(type), b.to(type)));
+}
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O) {
   CAPSTAN_CHECK(x.size(-1) == weight_OD.size(1), "linear: input has {} features, weight needs {}",
                 x.size(-1), weight_OD.size(1));
   at::NoGradGuard no_grad;
   Product y(x, weight_OD.size(0));
-  if (bias_O.defined())
+  if (bias_O.defined() && have_same_type(x, weight_OD) && have_same_type(x, bias_O)) {
     at::addmm_out(y.rows_NO, bias_O, rows_of(x), weight_OD.t());
-  else
-    at::mm_out(y.rows_NO, rows_of(x), weight_OD.t());
+    return y.whole;
+  }
+  multiply_into(y.rows_NO, rows_of(x), weight_OD.t());
+  if (bias_O.defined()) y.rows_NO.add_(bias_O);
   return y.whole;
 }
 
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
   at::NoGradGuard no_grad;
   Product dx(grad, weight_OD.size(1));
-  at::mm_out(dx.rows_NO, rows_of(grad), weight_OD);
+  multiply_into(dx.rows_NO, rows_of(grad), weight_OD);
   return dx.whole;
 }
 
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND) {
   at::NoGradGuard no_grad;
-  if (slot.buffer.scalar_type() != grad_NO.scalar_type()) {
+  if (!have_same_type(grad_NO, x_ND)) {
+    param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND.to(grad_NO.scalar_type())));
+  } else if (!have_same_type(slot.buffer, grad_NO)) {
     param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
   } else if (slot.overwrite) {
     at::mm_out(slot.buffer, grad_NO.t(), x_ND);

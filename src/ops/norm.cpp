@@ -61,6 +61,11 @@ Tensors backward_reference(const Tensor& x_in, const Tensor& rstd, const Tensor&
   return {dx.to(call.residual_dtype), call.has_hidden ? dx.to(call.compute_dtype) : Tensor()};
 }
 
+size_t weight_kind(const NormCall& call, const Tensor& weight) {
+  const bool is_compute = weight.scalar_type() == call.compute_dtype;
+  return static_cast<size_t>(is_compute ? cpu::NormWeight::kCompute : cpu::NormWeight::kResidual);
+}
+
 NormForward forward_fused(const Tensor& residual_in, const Tensor& hidden_in,
                           const NormCall& call) {
   const Tensor residual = residual_in.contiguous(), weight = call.weight.value();
@@ -80,7 +85,8 @@ NormForward forward_fused(const Tensor& residual_in, const Tensor& hidden_in,
                                   .width = width,
                                   .eps = call.eps};
   const auto pair = cpu::dtype_pair(call.residual_dtype, call.compute_dtype);
-  const auto kernel = cpu::norm_kernels().forward[static_cast<size_t>(*pair)];
+  const auto kernel =
+      cpu::norm_kernels().forward[weight_kind(call, weight)][static_cast<size_t>(*pair)];
   at::parallel_for(0, rows, cpu::grain(width),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
@@ -110,7 +116,8 @@ Tensors backward_fused(const Tensor& x, const Tensor& rstd, Tensor grad_residual
       .width = width,
       .rows_per_group = kRowsPerGroup};
   const auto pair = cpu::dtype_pair(call.residual_dtype, call.compute_dtype);
-  const auto kernel = cpu::norm_kernels().backward[static_cast<size_t>(*pair)];
+  const auto kernel =
+      cpu::norm_kernels().backward[weight_kind(call, weight)][static_cast<size_t>(*pair)];
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   if (partial.defined()) {
     const Tensor dw = partial.sum(0);
@@ -134,6 +141,12 @@ NormForward forward(const Tensor& residual, const Tensor& hidden, const NormCall
                                    : forward_reference(residual, hidden, call);
 }
 
+bool has_kernel(const NormCall& call) {
+  const auto weight = call.weight.value().scalar_type();
+  return cpu::dtype_pair(call.residual_dtype, call.compute_dtype) &&
+         (weight == call.compute_dtype || weight == call.residual_dtype);
+}
+
 void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& weight) {
   const Tensor w = weight.value();
   CAPSTAN_CHECK(residual.dim() >= 1 && w.numel() == residual.size(-1),
@@ -141,8 +154,8 @@ void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& wei
                 w.numel(), residual.size(-1));
   CAPSTAN_CHECK(!hidden.defined() || hidden.sizes() == residual.sizes(),
                 "add_rms_norm: hidden and residual differ in shape");
-  CAPSTAN_CHECK(!hidden.defined() || hidden.scalar_type() == w.scalar_type(),
-                "add_rms_norm: hidden and weight {} differ in dtype", weight.spec().name);
+  CAPSTAN_CHECK(!hidden.defined() || hidden.scalar_type() == weight.compute_dtype(),
+                "add_rms_norm: hidden is not of the compute dtype of {}", weight.spec().name);
 }
 
 }  // namespace
@@ -150,9 +163,9 @@ void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& wei
 AddRmsNorm add_rms_norm(const Tensor& residual, const Tensor& hidden, const Param& weight,
                         double eps, NormOutput output) {
   check_shapes(residual, hidden, weight);
-  NormCall call{weight,           eps,   residual.scalar_type(), weight.value().scalar_type(),
+  NormCall call{weight,           eps,   residual.scalar_type(), weight.compute_dtype(),
                 hidden.defined(), path()};
-  if (!cpu::dtype_pair(call.residual_dtype, call.compute_dtype)) call.path = Path::kReference;
+  if (!has_kernel(call)) call.path = Path::kReference;
   NormForward out;
   {
     at::NoGradGuard no_grad;

@@ -116,7 +116,8 @@ Tensor router_weights(const Tensor& x_ND, const Projection& router, const Routin
        {x_ND},
        router.parts,
        {router.trainable() ? x_ND : Tensor(), routing.logits_NE, routing.experts_Nk},
-       [router, spec, loss, wants_input_gradient](const Tensors& saved, Tensors& grads) -> Tensors {
+       [router, spec, loss, wants_input_gradient, input_dtype = x_ND.scalar_type()](
+           const Tensors& saved, Tensors& grads) -> Tensors {
          at::NoGradGuard no_grad;
          const Tensor dlogits_NE = logit_gradient(grads[0], saved[1], saved[2], spec, loss);
          if (router.trainable()) {
@@ -126,9 +127,8 @@ Tensor router_weights(const Tensor& x_ND, const Projection& router, const Routin
            });
          }
          if (!wants_input_gradient) return {Tensor()};
-         const Tensor weight_ED = router.weight();
-         return {linear_input_gradient(dlogits_NE, weight_ED.to(dlogits_NE.scalar_type()))
-                     .to(weight_ED.scalar_type())};
+         return {linear_input_gradient(dlogits_NE, router.weight().to(dlogits_NE.scalar_type()))
+                     .to(input_dtype)};
        }});
 }
 

@@ -81,13 +81,13 @@ FlatStore::FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>
 
 void FlatStore::allocate() {
   const StorageTypes& types = options_.types;
-  const bool shares = types.compute == types.master && !options_.offload_optimizer;
+  const bool shares = value_dtype() == types.master && !options_.offload_optimizer;
   if (options_.zero_stage < 3) {
-    full_ = at::zeros({layout_.numel}, types.compute);
+    full_ = at::zeros({layout_.numel}, value_dtype());
     copy_ = own_part(full_);
     make_views();
   } else {
-    copy_ = at::zeros({shard_numel_}, types.compute);
+    copy_ = at::zeros({shard_numel_}, value_dtype());
   }
   master_ = shares ? copy_ : at::zeros({shard_numel_}, types.master);
   if (!layout_.trainable) return;
@@ -125,7 +125,7 @@ void FlatStore::initialize(uint64_t seed, const std::string& model) {
 
 void FlatStore::prefetch() {
   if (full_.defined()) return;
-  full_ = at::empty({layout_.numel}, options_.types.compute);
+  full_ = at::empty({layout_.numel}, value_dtype());
   // Offloaded values come to the device first; the gather keeps what it reads alive.
   gather_ = options_.shard.all_gather(full_, options_.offload_parameters ? copy_.clone() : copy_);
   is_gathering_ = true;

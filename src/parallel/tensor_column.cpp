@@ -61,8 +61,10 @@ Tensor partial_input_gradient(const std::vector<Projection>& projections, const 
     const Tensor weight_OD = projections[i].weight();
     if (!dx.defined())
       dx = ops::linear_input_gradient(grads[i], weight_OD);
-    else
+    else if (weight_OD.scalar_type() == dx.scalar_type())
       dx.view({-1, dx.size(-1)}).addmm_(rows_of(grads[i]), weight_OD);
+    else
+      dx.add_(ops::linear_input_gradient(grads[i], weight_OD));
   }
   return dx;
 }

@@ -209,6 +209,7 @@ FlatBuffer Layout::empty_buffer(const ParamSpec& spec) const {
   FlatBuffer buffer;
   buffer.block = spec.block;
   buffer.trainable = spec.trainable;
+  buffer.wide = spec.wide;
   buffer.update = spec.update;
   buffer.sum_axes = is_expert(spec) ? kExpertDataAxes : kDenseAxes;
   if (options_.zero_stage > 0)
@@ -228,13 +229,13 @@ std::vector<FlatBuffer> Layout::buffers_of_block(int block, int rank) const {
                           first_rank != options_.pipeline_rank_of(stages - 1);
   std::vector<FlatBuffer> buffers;
   // What tells buffers of one block apart.
-  std::map<std::tuple<bool, UpdateKind, bool>, size_t> place;
+  std::map<std::tuple<bool, UpdateKind, bool, bool>, size_t> place;
   std::vector<int> last_group;  // fuse group that each buffer ended with
   for (const Member& member : members_of_block(table_, block)) {
     const ParamSpec& spec = table_[static_cast<size_t>(member.spec)];
     if (is_expert(spec) && !holds_expert(spec, options_.grid, rank)) continue;
-    const auto [it, is_new] =
-        place.try_emplace({is_expert(spec), spec.update, spec.trainable}, buffers.size());
+    const auto [it, is_new] = place.try_emplace(
+        {is_expert(spec), spec.update, spec.trainable, spec.wide}, buffers.size());
     if (is_new) {
       buffers.push_back(empty_buffer(spec));
       last_group.push_back(-1);

@@ -8,6 +8,7 @@
 #include "capstan/base/check.h"
 #include "capstan/base/text.h"
 #include "capstan/plan/frozen.h"
+#include "capstan/plan/keep_wide.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -39,7 +40,8 @@ ModelPlan make_model_plan(const ModelShape& shape, const Plan& plan) {
   ModelPlan model;
   model.shape = shape;
   std::vector<ParamSpec> table =
-      freeze(find_family(shape.family).param_table(shape), plan.resolved.model.frozen);
+      keep_wide(freeze(find_family(shape.family).param_table(shape), plan.resolved.model.frozen),
+                plan.resolved.precision.keep_fp32);
   model.parameters = count_parameters(table);
   LayoutOptions options;
   options.grid = plan.grid;
@@ -157,6 +159,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   if (draft.problems.empty()) check_table(draft, shape);
   if (draft.problems.empty()) check_parts(draft, shape);
   if (draft.problems.empty()) check_frozen(draft, shape);
+  if (draft.problems.empty()) check_wide(draft, shape);
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);

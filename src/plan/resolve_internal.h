@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "capstan/plan/param_patterns.h"
 #include "capstan/plan/plan.h"
 
 namespace capstan::plan {
@@ -45,7 +46,15 @@ void check_layout(Draft& draft, const ModelShape& shape);
 // Micro-batches that a schedule runs together: their number is a multiple of it.
 [[nodiscard]] int64_t round_of(const recipe::Pipeline& pipeline);
 void check_schedule_fits(Draft& draft, const BatchPlan& batch);
+// Patterns over names of parameters: each must match one.
+void check_patterns(Draft& draft, const char* key, const std::vector<std::string>& patterns,
+                    const std::vector<ParamSpec>& table);
+struct TearRefusal {
+  const char *key, *state, *need;
+};
+void refuse_torn(Draft& draft, const TearRefusal& refusal, const std::vector<TornUnit>& torn);
 void check_frozen(Draft& draft, const ModelShape& shape);
+void check_wide(Draft& draft, const ModelShape& shape);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);
 void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);

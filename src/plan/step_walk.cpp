@@ -77,7 +77,7 @@ class StepWalk {
     for (size_t b = 0; b < buffers_.size(); ++b) {
       const FlatBuffer& from = layout_.buffers[b];
       Buffer& buffer = buffers_[b];
-      buffer.values = stored_bytes(from.numel, plan_.precision.compute);
+      buffer.values = stored_bytes(from.numel, value_dtype(plan_.precision, from));
       buffer.gradients = stored_bytes(from.numel, plan_.precision.gradients);
       buffer.shard = stored_bytes(from.shard_numel(), plan_.precision.gradients);
       of_block_[static_cast<size_t>(from.block)].push_back(b);
@@ -187,8 +187,10 @@ class StepWalk {
   }
   // The shards of an offloaded block on the device, until they have been gathered.
   void come_back(int block) {
-    for (const size_t b : of_block_[static_cast<size_t>(block)])
-      arriving_ += stored_bytes(layout_.buffers[b].shard_numel(), plan_.precision.compute);
+    for (const size_t b : of_block_[static_cast<size_t>(block)]) {
+      const FlatBuffer& buffer = layout_.buffers[b];
+      arriving_ += stored_bytes(buffer.shard_numel(), value_dtype(plan_.precision, buffer));
+    }
   }
   // Gradients of a block are made: stages 2 and 3 collect them in memory of their own.
   void collect(int block) {

@@ -21,13 +21,14 @@ void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layou
   const int stage = plan.model().layout.options().zero_stage;
   const PrecisionPlan& precision = plan.precision;
   const bool offloads = plan.resolved.parallel.zero.offload != "none";
-  // Values are the master where nothing differs.
-  const bool own_master = precision.compute != precision.master || offloads;
   if (stage == 0) memory.gradients += bucket_bytes_of(plan, layout);
   for (const FlatBuffer& buffer : layout.buffers) {
     const int64_t shard = buffer.shard_numel();
-    memory.parameters += stored_bytes(stage == 3 ? shard : buffer.numel, precision.compute);
-    if (own_master) memory.master += stored_bytes(shard, precision.master);
+    const DType values = value_dtype(precision, buffer);
+    memory.parameters += stored_bytes(stage == 3 ? shard : buffer.numel, values);
+    // Values are the master where nothing differs.
+    if (values != precision.master || offloads)
+      memory.master += stored_bytes(shard, precision.master);
     if (!buffer.trainable) continue;
     if (stage > 0)
       memory.gradients += stored_bytes(stage == 1 ? buffer.numel : shard, precision.gradients);

@@ -165,7 +165,7 @@ void count_gathers(TrafficCount& count) {
     // Below stage 3 once, when the update is published.
     const int64_t times = stage == 3 ? gathered.gathers(b) : (buffer.trainable ? 1 : 0);
     count.add(buffer.shard_axes, "all_gather", times,
-              bytes_of(buffer.shard_numel(), count.plan.precision.compute));
+              bytes_of(buffer.shard_numel(), value_dtype(count.plan.precision, buffer)));
   }
 }
 

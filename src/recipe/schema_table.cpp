@@ -229,6 +229,9 @@ void add_precision_keys(std::vector<Key>& t) {
                   "Type in which gradients travel between data-parallel ranks and the stages of a "
                   "tied embedding; auto = gradients.")
                   .choice());
+  t.push_back(KEY(precision.keep_fp32,
+                  "Parameters whose values stay in the master's type, and whose ops work in it: "
+                  "patterns over their names as for model.frozen."));
   t.push_back(
       KEY(precision.loss_scale, "fp16 only: a fixed scale, or dynamic.").word("dynamic").above(0));
 }

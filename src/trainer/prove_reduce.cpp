@@ -9,6 +9,7 @@
 
 #include "capstan/base/text.h"
 #include "capstan/plan/frozen.h"
+#include "capstan/plan/keep_wide.h"
 #include "capstan/trainer/prove.h"
 
 namespace capstan::trainer {
@@ -44,6 +45,7 @@ class Reducer {
     shrink_experts();
     shrink_layers();
     keep_frozen();
+    keep_wide();
     shrink_row();
     shrink_batch();
     set_numbers();
@@ -214,22 +216,38 @@ class Reducer {
     return "[" + join(words, ", ") + "]";
   }
 
-  // Patterns that name what is left; none where these would freeze all or tear a product apart.
-  void keep_frozen() {
-    std::vector<std::string>& patterns = r_.model.frozen;
-    if (patterns.empty()) return;
+  [[nodiscard]] std::vector<plan::ParamSpec> small_table() {
     plan::ModelShape small = shape();
     small.num_hidden_layers = r_.model.num_hidden_layers;
     small.experts.count = r_.model.experts.count;
-    const auto all = plan::find_family(small.family).param_table(small);
+    return plan::find_family(small.family).param_table(small);
+  }
+  // Patterns that name what is left; none where these would not do.
+  template <class Works>
+  void keep_patterns(const char* key, std::vector<std::string>& patterns, const Works& works) {
+    if (patterns.empty()) return;
+    const auto table = small_table();
     const std::string before = join(patterns, " ");
-    std::erase_if(patterns, [&](const auto& pattern) { return !plan::matches_any(all, pattern); });
-    const auto table = plan::freeze(all, patterns);
-    const bool trains =
-        std::any_of(table.begin(), table.end(), [](const auto& spec) { return spec.trainable; });
-    if (!trains || !plan::frozen_apart(table).empty()) patterns.clear();
-    note("model.frozen", before, patterns.empty() ? "nothing" : join(patterns, " "),
+    std::erase_if(patterns,
+                  [&](const auto& pattern) { return !plan::matches_any(table, pattern); });
+    if (!works(table)) patterns.clear();
+    note(key, before, patterns.empty() ? "nothing" : join(patterns, " "),
          "parameters that are left");
+  }
+  void keep_frozen() {
+    std::vector<std::string>& patterns = r_.model.frozen;
+    keep_patterns("model.frozen", patterns, [&](const auto& all) {
+      const auto table = plan::freeze(all, patterns);
+      const bool trains =
+          std::any_of(table.begin(), table.end(), [](const auto& spec) { return spec.trainable; });
+      return trains && plan::frozen_apart(table).empty();
+    });
+  }
+  void keep_wide() {
+    std::vector<std::string>& patterns = r_.precision.keep_fp32;
+    keep_patterns("precision.keep_fp32", patterns, [&](const auto& all) {
+      return plan::wide_apart(plan::keep_wide(all, patterns)).empty();
+    });
   }
 
   void shrink_row() {

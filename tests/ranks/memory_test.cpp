@@ -110,7 +110,7 @@ struct LayoutRecipe {
   const char* name;
   int ranks;
   std::string model, batch, parallel;
-  std::string compute = "fp32", reduction = "auto";
+  std::string compute = "fp32", reduction = "auto", keep_fp32 = "[]";
 };
 
 plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
@@ -127,7 +127,7 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
       "optimizer: {lr: 1.0e-3}\n"
       "lr_schedule: {kind: constant}\n"
       "precision: {compute: " +
-      recipe.compute + ", reduction: " + recipe.reduction +
+      recipe.compute + ", reduction: " + recipe.reduction + ", keep_fp32: " + recipe.keep_fp32 +
       "}\n"
       "parallel: {" +
       recipe.parallel + "}\n";
@@ -286,6 +286,9 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"zero_3_kept_bf16", 2, kWide,
                      "global_samples: 2, micro_samples: 1, sequence_length: 32",
                      "zero: {stage: 3, reshard_after_forward: false, prefetch: 2}", "bf16"},
+        LayoutRecipe{"zero_1_norms_kept_bf16", 2, kWide,
+                     "global_samples: 4, micro_samples: 2, sequence_length: 64", "zero: {stage: 1}",
+                     "bf16", "fp32", "['*norm*', '*embed_tokens*']"},
         LayoutRecipe{"hybrid_offload_all", 4, kDeep,
                      "global_samples: 4, micro_samples: 1, sequence_length: 64",
                      "zero: {stage: 3, shard_size: 2, offload: all}"}),

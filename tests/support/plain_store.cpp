@@ -57,7 +57,8 @@ void PlainStore::make_group(std::vector<int> members) {
   std::vector<int64_t> sizes = locals_[members[0]].local_shape;
   sizes[0] = 0;
   for (const int i : members) sizes[0] += locals_[i].local_shape[0];
-  const Tensor values = at::zeros(sizes, options_.values);
+  const bool is_wide = options_.wide && table_[static_cast<size_t>(members[0])].wide;
+  const Tensor values = at::zeros(sizes, is_wide ? *options_.wide : options_.values);
   const Tensor gradients = at::zeros(sizes, options_.gradients);
   int64_t row = 0;
   for (const int i : members) {

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,9 @@ struct PlainStoreOptions {
   bool deferred = false;  // deferrable gradients wait for run_deferred()
   uint64_t seed = 1;
   std::vector<std::string> frozen;
-  int64_t vocab_padding = 0;  // extra rows of parameters with the vocabulary rule
-  plan::Box vocab_box = {};   // rows of the vocabulary held here; empty = all
+  std::optional<at::ScalarType> wide = {};  // type of parameters whose spec is wide
+  int64_t vocab_padding = 0;                // extra rows of parameters with the vocabulary rule
+  plan::Box vocab_box = {};                 // rows of the vocabulary held here; empty = all
 };
 
 class PlainStore final : public param::ParamStore {
@@ -42,6 +44,7 @@ class PlainStore final : public param::ParamStore {
   [[nodiscard]] const plan::LocalParam& local(int index) const override { return locals_[index]; }
   [[nodiscard]] bool trainable(int index) const override;
   [[nodiscard]] at::Tensor value(int index) const override { return values_[index]; }
+  [[nodiscard]] at::ScalarType compute_dtype() const override { return options_.values; }
   [[nodiscard]] uint64_t version(int) const override { return version_; }
   void accumulate(int index, const param::AddGradient& add, param::When when) override;
   [[nodiscard]] at::Tensor anchor(int index) const override;

@@ -14,6 +14,8 @@ namespace capstan::ops {
 // y + b; y is consumed (written in place). Returns y itself for a projection without bias.
 [[nodiscard]] Tensor add_bias(const Tensor& y, const Projection& projection);
 
+// out = a b in the wider of their types: a weight may be kept wide beside narrow activations.
+void multiply_into(Tensor out, const Tensor& a, const Tensor& b);
 // Pieces for layers that place a collective between them. No autograd.
 [[nodiscard]] Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O);
 [[nodiscard]] Tensor linear_input_gradient(const Tensor& grad,

@@ -101,6 +101,7 @@ class FlatStore final : public param::ParamStore {
   [[nodiscard]] const plan::LocalParam& local(int index) const override;
   [[nodiscard]] bool trainable(int) const override { return layout_.trainable; }
   [[nodiscard]] Tensor value(int index) const override;
+  [[nodiscard]] at::ScalarType compute_dtype() const override { return options_.types.compute; }
   [[nodiscard]] uint64_t version(int) const override { return version_; }
   [[nodiscard]] uint64_t version() const { return version_; }
   void accumulate(int index, const param::AddGradient& add, param::When when) override;
@@ -111,6 +112,10 @@ class FlatStore final : public param::ParamStore {
                          param::When when) override;
 
  private:
+  // Of what ops read: the compute dtype, or the master's where the buffer is kept wide.
+  [[nodiscard]] at::ScalarType value_dtype() const {
+    return layout_.wide ? options_.types.master : options_.types.compute;
+  }
   void allocate();
   void make_views();
   void drop_full();
@@ -132,8 +137,8 @@ class FlatStore final : public param::ParamStore {
   StoreOptions options_;
   int64_t shard_begin_ = 0, shard_numel_ = 0;  // of master and moments within the buffer
   Tensor master_;                              // [shard_numel]
-  Tensor copy_;            // [shard_numel], compute dtype; the master itself when nothing differs
-  Tensor full_;            // [numel], compute dtype; at stage 3 only while gathered
+  Tensor copy_;            // [shard_numel], value dtype; the master itself when nothing differs
+  Tensor full_;            // [numel], value dtype; at stage 3 only while gathered
   Tensor gradient_;        // [numel]; at stages 2 and 3 only between first write and reduction
   Tensor gradient_shard_;  // [shard_numel], stages 2 and 3; else a view of gradient_
   Tensor host_gradient_;   // [shard_numel], what an offloaded optimizer reads

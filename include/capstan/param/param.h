@@ -38,6 +38,7 @@ class ParamStore {
   [[nodiscard]] virtual const plan::LocalParam& local(int index) const = 0;
   [[nodiscard]] virtual bool trainable(int index) const = 0;
   [[nodiscard]] virtual Tensor value(int index) const = 0;
+  [[nodiscard]] virtual at::ScalarType compute_dtype() const = 0;
   [[nodiscard]] virtual uint64_t version(int index) const = 0;
   virtual void accumulate(int index, const AddGradient& add, When when) = 0;
   [[nodiscard]] virtual Tensor anchor(int index) const = 0;
@@ -59,9 +60,11 @@ class Param {
   // The part of the global tensor held here, padding included in local_shape.
   [[nodiscard]] const plan::LocalParam& local() const { return store_->local(index_); }
   [[nodiscard]] bool trainable() const { return store_->trainable(index_); }
-  // Local, in compute dtype. Its block must be open. Fixed address while open; never communicates,
-  // allocates or syncs.
+  // Local, in compute dtype, or in the master's where the recipe keeps it wide. Its block must be
+  // open. Fixed address while open; never communicates, allocates or syncs.
   [[nodiscard]] Tensor value() const { return store_->value(index_); }
+  // Of activations: what an op with this parameter gives.
+  [[nodiscard]] at::ScalarType compute_dtype() const { return store_->compute_dtype(); }
   // Changes with each applied step or load; keys derived copies, and backward asserts the version
   // of its forward.
   [[nodiscard]] uint64_t version() const { return store_->version(index_); }

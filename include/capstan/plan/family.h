@@ -61,6 +61,7 @@ struct ParamSpec {
   // (q,k,v; gate,up), so that one GEMM can read them together.
   int fuse_group = -1;
   bool trainable = true;  // false: no gradient and no optimizer state (model.frozen)
+  bool wide = false;      // its values stay in the master's type (precision.keep_fp32)
 };
 
 // Forward FLOPs of one token, by part, with causal attention counted exactly for rows of

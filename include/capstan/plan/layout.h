@@ -49,6 +49,7 @@ struct LocalParam {
 struct FlatBuffer {
   int block = 0;
   bool trainable = true;
+  bool wide = false;  // values in the master's type instead of the compute type
   UpdateKind update = UpdateKind::kElementwise;
   AxisSet sum_axes;    // gradient-sum group shared by all its parameters (dense:
                        // dp_replicate|dp_shard|cp; experts: dp_replicate|edp_shard)

@@ -34,6 +34,10 @@ struct PrecisionPlan {
   bool dynamic_loss_scale = false;
   double loss_scale = 1.0;  // fixed scale when not dynamic
 };
+// Of the values that ops read from a buffer.
+[[nodiscard]] inline DType value_dtype(const PrecisionPlan& precision, const FlatBuffer& buffer) {
+  return buffer.wide ? precision.master : precision.compute;
+}
 
 struct BatchPlan {
   int64_t global_samples, micro_samples, sequence_length;

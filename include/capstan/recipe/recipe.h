@@ -1,9 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// The recipe as typed data. Field names are the recipe's keys; docs/recipes.md (generated) says
-// what each means. std::optional without a value stands for `auto` or `none`, whichever the key
-// has. Choices are kept in their spelling; validation guarantees that they are among the values of
-// this build (values.h).
+// The recipe as typed data. Field names are the recipe's keys (docs/recipes.md). std::optional
+// without a value stands for `auto` or `none`, whichever the key has. Choices are kept in their
+// spelling; validation guarantees that they are among the values of this build (values.h).
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -120,8 +119,9 @@ struct Precision {
   std::string residual = "auto";
   std::string master = "fp32";
   std::string gradients = "fp32";
-  std::string reduction = "auto";    // auto = gradients
-  std::optional<double> loss_scale;  // none = dynamic; fp16 only
+  std::string reduction = "auto";      // auto = gradients
+  std::vector<std::string> keep_fp32;  // patterns over names of parameters
+  std::optional<double> loss_scale;    // none = dynamic; fp16 only
 };
 
 struct Pipeline {

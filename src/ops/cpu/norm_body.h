@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Body of the norm kernels, compiled once per instruction set. R: residual type, C: compute type.
+// Body of the norm kernels, compiled once per instruction set. R: residual type, C: compute type,
+// W: type of the weight.
 #pragma once
 #include "ops/cpu/norm_kernels.h"
 #include "ops/cpu/vector.h"
@@ -8,11 +9,11 @@
 namespace capstan::ops::cpu {
 namespace {
 
-template <class R, class C>
+template <class R, class C, class W>
 void norm_forward(const NormForwardArgs& a, int64_t row_begin, int64_t row_end) {
   using Scalar = ScalarOf<R>;
   constexpr int kStep = kLanes<R>;
-  const C* const weight = static_cast<const C*>(a.weight);
+  const W* const weight = static_cast<const W*>(a.weight);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t at = row * a.width;
     const R* const residual = static_cast<const R*>(a.residual) + at;
@@ -39,7 +40,7 @@ void norm_forward(const NormForwardArgs& a, int64_t row_begin, int64_t row_end) 
   }
 }
 
-template <class R, class C>
+template <class R, class C, class W>
 CAPSTAN_INLINE void norm_backward_row(const NormBackwardArgs& a, int64_t row,
                                       ScalarOf<R>* partial) {
   using Scalar = ScalarOf<R>;
@@ -47,7 +48,7 @@ CAPSTAN_INLINE void norm_backward_row(const NormBackwardArgs& a, int64_t row,
   const int64_t at = row * a.width;
   const R* const x = static_cast<const R*>(a.x) + at;
   const C* const grad = static_cast<const C*>(a.grad) + at;
-  const C* const weight = static_cast<const C*>(a.weight);
+  const W* const weight = static_cast<const W*>(a.weight);
   R* const dx = static_cast<R*>(a.dx) + at;
   C* const d_hidden = a.d_hidden ? static_cast<C*>(a.d_hidden) + at : nullptr;
   const Scalar rstd = static_cast<const Scalar*>(a.rstd)[row];
@@ -69,7 +70,7 @@ CAPSTAN_INLINE void norm_backward_row(const NormBackwardArgs& a, int64_t row,
   }
 }
 
-template <class R, class C>
+template <class R, class C, class W>
 void norm_backward(const NormBackwardArgs& a, int64_t group_begin, int64_t group_end) {
   using Scalar = ScalarOf<R>;
   for (int64_t group = group_begin; group < group_end; ++group) {
@@ -78,14 +79,19 @@ void norm_backward(const NormBackwardArgs& a, int64_t group_begin, int64_t group
       for (int64_t d = 0; d < a.width; ++d) partial[d] = 0;
     const int64_t first = group * a.rows_per_group;
     const int64_t last = first + a.rows_per_group < a.rows ? first + a.rows_per_group : a.rows;
-    for (int64_t row = first; row < last; ++row) norm_backward_row<R, C>(a, row, partial);
+    for (int64_t row = first; row < last; ++row) norm_backward_row<R, C, W>(a, row, partial);
   }
 }
 
-constexpr NormKernels kNormKernels = {{norm_forward<float, float>, norm_forward<float, Bf16>,
-                                       norm_forward<Bf16, Bf16>, norm_forward<double, double>},
-                                      {norm_backward<float, float>, norm_backward<float, Bf16>,
-                                       norm_backward<Bf16, Bf16>, norm_backward<double, double>}};
+constexpr NormKernels kNormKernels = {
+    {{norm_forward<float, float, float>, norm_forward<float, Bf16, Bf16>,
+      norm_forward<Bf16, Bf16, Bf16>, norm_forward<double, double, double>},
+     {norm_forward<float, float, float>, norm_forward<float, Bf16, float>,
+      norm_forward<Bf16, Bf16, Bf16>, norm_forward<double, double, double>}},
+    {{norm_backward<float, float, float>, norm_backward<float, Bf16, Bf16>,
+      norm_backward<Bf16, Bf16, Bf16>, norm_backward<double, double, double>},
+     {norm_backward<float, float, float>, norm_backward<float, Bf16, float>,
+      norm_backward<Bf16, Bf16, Bf16>, norm_backward<double, double, double>}}};
 
 }  // namespace
 }  // namespace capstan::ops::cpu

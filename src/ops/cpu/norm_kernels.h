@@ -24,9 +24,11 @@ struct NormBackwardArgs {
   int64_t rows, width, rows_per_group;
 };
 
-struct NormKernels {  // indexed by Pair
-  void (*forward[4])(const NormForwardArgs&, int64_t row_begin, int64_t row_end);
-  void (*backward[4])(const NormBackwardArgs&, int64_t group_begin, int64_t group_end);
+// The weight has the compute type or, in the second half, the residual's.
+enum class NormWeight { kCompute, kResidual };
+struct NormKernels {  // indexed by NormWeight, Pair
+  void (*forward[2][4])(const NormForwardArgs&, int64_t row_begin, int64_t row_end);
+  void (*backward[2][4])(const NormBackwardArgs&, int64_t group_begin, int64_t group_end);
 };
 
 extern const NormKernels norm_plain, norm_avx2, norm_avx512, norm_avx512bf16;

@@ -139,6 +139,7 @@ const std::vector<LayoutAxis>& layout_axes() {
       {"offload", {"none", "optimizer", "all"}},
       {"recompute", {"none", "block", "attention", "mlp", "norm", "attention,mlp,norm"}},
       {"activations", {"false", "true"}},
+      {"kept", {"none", "norms", "matrices"}},
       {"micro", {"1", "2"}},
   };
   return axes;
@@ -176,6 +177,10 @@ std::vector<std::string> LayoutCase::overrides() const {
       {"attention", "['model.layers.1.self_attn.*']"},
       {"most", "['*', '!model.layers.2.mlp.*', '!*.3.input_layernorm.weight', '!model.norm.*']"}};
   list.push_back("model.frozen=" + frozen.at(values.at("frozen")));
+  // In fp64 this splits the flat buffers and nothing else.
+  static const std::map<std::string, std::string> kept = {
+      {"none", "[]"}, {"norms", "['*norm*']"}, {"matrices", "['*mlp*', '*.1.self_attn.*']"}};
+  list.push_back("precision.keep_fp32=" + kept.at(values.at("kept")));
   if (compute != "fp64")
     list.push_back("optimizer.lr=1.0e-3");  // else noise grows from step to step
   if (values.at("zero") != "0") list.push_back("parallel.zero.shard_size=" + values.at("dp_shard"));

@@ -25,7 +25,8 @@ LayoutStore::LayoutStore(const plan::Layout& layout, int rank, at::ScalarType dt
     : table_(layout.table()),
       live_anchor_(at::empty({0}).requires_grad_(true)),
       frozen_anchor_(at::empty({0})),
-      deferred_(deferred) {
+      deferred_(deferred),
+      dtype_(dtype) {
   for (const plan::FlatBuffer& buffer : layout.rank(rank).buffers)
     for (const plan::LocalParam& local : buffer.params) {
       Tensor whole = whole_value(table_[static_cast<size_t>(local.spec)]);

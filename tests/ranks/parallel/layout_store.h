@@ -34,6 +34,7 @@ class LayoutStore final : public param::ParamStore {
   [[nodiscard]] const plan::LocalParam& local(int index) const override;
   [[nodiscard]] bool trainable(int index) const override;
   [[nodiscard]] at::Tensor value(int index) const override;
+  [[nodiscard]] at::ScalarType compute_dtype() const override { return dtype_; }
   [[nodiscard]] uint64_t version(int) const override { return 1; }
   void accumulate(int index, const param::AddGradient& add, param::When when) override;
   [[nodiscard]] at::Tensor anchor(int index) const override;
@@ -51,6 +52,7 @@ class LayoutStore final : public param::ParamStore {
   std::vector<param::GradSlot> slots_;
   at::Tensor live_anchor_, frozen_anchor_;
   bool deferred_;
+  at::ScalarType dtype_;
   std::vector<std::function<void()>> waiting_;
 };
 

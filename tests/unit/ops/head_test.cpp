@@ -46,6 +46,28 @@ Tensor plain_logprob(const Tensor& x, const Tensor& w, const Tensor& targets) {
   return logp.gather(-1, index).squeeze(-1) * valid.to(x.scalar_type());
 }
 
+// A head that stays in fp32 beside bf16 activations: logits are fp32's.
+TEST(HeadWeightedLoss, WideWeight_GivesWideLogits) {
+  for (const Path form : {Path::kFused, Path::kReference}) {
+    const PathGuard guard(form);
+    auto wide = table(kChunked);
+    wide.front().wide = true;
+    PlainStore kept(wide, {.values = at::kBFloat16, .gradients = at::kFloat, .wide = at::kFloat});
+    PlainStore whole(wide, {.values = at::kFloat, .gradients = at::kFloat});
+    const auto sizes = {kChunked.samples, kChunked.tokens, kChunked.hidden};
+    const Tensor x = leaf(normal(sizes, 1).to(at::kBFloat16)), x_wide = leaf(x.to(at::kFloat));
+    const auto targets = targets_of(kChunked), weights = weights_of(kChunked);
+    const auto out = head_weighted_loss(x, head_of(kept), targets, weights);
+    const auto expected = head_weighted_loss(x_wide, head_of(whole), targets, weights);
+    EXPECT_TRUE(testing::near(out.loss, expected.loss));
+    EXPECT_TRUE(testing::near(out.logprob_BT, expected.logprob_BT));
+    torch::autograd::backward({out.loss}, {});
+    torch::autograd::backward({expected.loss}, {});
+    EXPECT_TRUE(testing::near(x.grad(), x_wide.grad().to(at::kBFloat16)));
+    EXPECT_TRUE(testing::near(kept.gradient_of("head"), whole.gradient_of("head")));
+  }
+}
+
 TEST(HeadWeightedLoss, MatchesPlainAutograd) {
   for (const Path form : {Path::kFused, Path::kReference})
     for (const Problem& p : {kSmall, kChunked})

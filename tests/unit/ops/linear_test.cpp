@@ -47,6 +47,25 @@ TEST(Linear, JoinedEqualsSeparateProjections) {
   EXPECT_TRUE(testing::near(y, at::cat({linear(x, q), linear(x, k)}, -1)));
 }
 
+// A weight that stays in fp32 beside bf16 activations: the product is fp32's, rounded once.
+TEST(Linear, WideWeight_MultipliesInItsOwnType) {
+  auto table = joined_table();
+  for (auto& spec : table) spec.wide = true;
+  const PlainStoreOptions narrow{
+      .values = at::kBFloat16, .gradients = at::kFloat, .wide = at::kFloat};
+  PlainStore kept(table, narrow), whole(table, {.values = at::kFloat, .gradients = at::kFloat});
+  const Tensor x = leaf(normal({3, 5}, 1).to(at::kBFloat16)), w = normal({3, 9}, 2);
+  const Tensor x_wide = leaf(x.detach().to(at::kFloat));
+  const Tensor y = linear(x, joined(kept)), expected = linear(x_wide, joined(whole));
+  ASSERT_EQ(y.scalar_type(), at::kBFloat16);
+  EXPECT_TRUE(testing::near(y, expected.to(at::kBFloat16)));
+  const Tensor grad = w.to(at::kBFloat16);
+  run_backward(y, grad);
+  run_backward(expected, grad);
+  ASSERT_EQ(x.grad().scalar_type(), at::kBFloat16);
+  EXPECT_TRUE(testing::near(x.grad(), x_wide.grad().to(at::kBFloat16)));
+}
+
 TEST(Linear, SecondBackwardAdds_FirstOverwrites) {
   PlainStore store(joined_table(), {});
   const Tensor x = normal({3, 5}, 1), w = normal({3, 9}, 2);

@@ -17,6 +17,7 @@ constexpr double kEps = 1e-5;
 
 struct Case {
   at::ScalarType residual, compute;
+  bool keeps_weight = false;  // in fp32
 };
 struct Result {
   Tensor residual, normed, d_residual, d_hidden, d_weight;
@@ -24,9 +25,11 @@ struct Result {
 
 Result run(Path form, Case c, at::IntArrayRef sizes, bool with_hidden, bool use_residual) {
   const PathGuard guard(form);
-  PlainStore store(
-      {param_spec("w", {sizes.back()})},
-      {.values = c.compute, .gradients = c.compute == at::kDouble ? at::kDouble : at::kFloat});
+  plan::ParamSpec spec = param_spec("w", {sizes.back()});
+  spec.wide = c.keeps_weight;
+  PlainStore store({spec}, {.values = c.compute,
+                            .gradients = c.compute == at::kDouble ? at::kDouble : at::kFloat,
+                            .wide = at::kFloat});
   const Tensor residual = leaf(normal(sizes, 1, c.residual));
   const Tensor hidden = with_hidden ? leaf(normal(sizes, 2, c.compute)) : Tensor();
   const auto out = add_rms_norm(residual, hidden, store.find("w"), kEps);
@@ -40,7 +43,8 @@ Result run(Path form, Case c, at::IntArrayRef sizes, bool with_hidden, bool use_
 TEST(AddRmsNorm, KernelMatchesReference_EveryDtypeAndOddSizes) {
   for (const Case c : {Case{at::kDouble, at::kDouble}, Case{at::kFloat, at::kFloat},
                        Case{at::kFloat, at::kBFloat16}, Case{at::kBFloat16, at::kBFloat16},
-                       Case{at::kFloat, at::kHalf}})
+                       Case{at::kFloat, at::kHalf}, Case{at::kFloat, at::kBFloat16, true},
+                       Case{at::kBFloat16, at::kBFloat16, true}})
     for (const int64_t width : {2, 3, 8, 17, 64, 130})
       for (const int64_t rows : {1, 5, 150})
         for (const bool with_hidden : {true, false})

@@ -57,6 +57,7 @@ const std::map<std::string, Overrides> kTied = {
      {"optimizer.spike_skip.sigma=6", "optimizer.spike_skip.window=64"}},
     {"precision.master", {"precision.compute=fp64", "precision.master=fp64"}},
     {"precision.gradients", {"precision.compute=fp64", "precision.gradients=fp64"}},
+    {"precision.keep_fp32", {"precision.keep_fp32=['*norm*']"}},
     {"precision.residual", {"precision.residual=fp32"}},
     {"precision.loss_scale", {"precision.compute=fp16", "precision.loss_scale=1024"}},
     {"checkpoint.keep_every_steps",
