@@ -1,0 +1,62 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// A device "fake:0" for tests without a GPU, on LibTorch's PrivateUse1 key. Ops run at once, on the
+// calling thread, with the CPU's kernels; what it takes from a GPU is what host code can get wrong:
+//  - memory: the host cannot touch data_ptr() (the process dies); new and freed memory holds NaN
+//    bytes; blocks are reused by the stream that allocated them, as by CUDA's caching allocator;
+//  - devices: an op on tensors of two devices throws, as on CUDA;
+//  - streams: every byte remembers who wrote and read it; an op that is not ordered behind those of
+//    other streams by events or host waits throws MissingWait, whatever the timing;
+//  - host memory: a non-blocking copy to pinned memory arrives when the host waits for it (NaN
+//    until then); changing the pinned source of a copy before it is done throws MissingWait.
+// A blocking copy, item() and ops such as nonzero wait for the current stream and count as host
+// waits. All thread ranks share the device and its default stream. Thread-safe.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "capstan/device/accelerator.h"
+
+namespace capstan::test {
+
+class MissingWait : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Registers everything and installs the accelerator; further calls return the same one. Before the
+// first backward of the process: LibTorch starts its device threads then, for the devices it knows.
+device::Accelerator& install_fake_device();
+[[nodiscard]] c10::Device fake_device();
+
+// Where the bytes of a device pointer live. Not checked for races.
+[[nodiscard]] void* host_of(const void* device_pointer);
+// The same memory as a CPU tensor, which keeps the device tensor alive. Not checked for races.
+[[nodiscard]] at::Tensor host_view(const at::Tensor& tensor);
+// Checks and remembers an access of the current stream, as an op named `op` (a literal) would: for
+// communicators and kernels that work on host_view() themselves.
+void note_access(const at::Tensor& tensor, bool is_write, const char* op);
+
+// How often the host waited for the device: all threads, and this one.
+[[nodiscard]] int64_t host_syncs();
+[[nodiscard]] int64_t host_syncs_of_thread();
+
+// Allocating more than this throws c10::OutOfMemoryError.
+void set_fake_memory_bytes(int64_t bytes);
+
+// Backward on the calling thread while it lives. LibTorch has one backward thread per device, so
+// thread ranks whose backward waits for each other inside a node need this (it is per thread).
+class BackwardOnThisThread {
+ public:
+  BackwardOnThisThread();
+  ~BackwardOnThisThread();
+  BackwardOnThisThread(const BackwardOnThisThread&) = delete;
+  BackwardOnThisThread& operator=(const BackwardOnThisThread&) = delete;
+
+ private:
+  bool previous_;
+};
+
+}  // namespace capstan::test

@@ -1,0 +1,246 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "support/fake_device/memory.h"
+
+#include <fmt/format.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "support/fake_device/fake_device.h"
+#include "support/fake_device/regions.h"
+
+namespace capstan::test::fake {
+namespace {
+
+constexpr size_t kRangeBytes = size_t{64} << 30;
+constexpr size_t kRoundBytes = 512;
+constexpr int kNaNByte = 0xFF;
+
+struct Block {
+  size_t bytes = 0;
+  int stream = 0;
+  bool is_free = false;
+  std::vector<int> kept_for;
+  std::vector<Access> awaited;  // ops of kept_for streams at the time it was freed
+  RegionHistory history;
+};
+
+char* reserve(int protection) {
+  void* const range =
+      mmap(nullptr, kRangeBytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  TORCH_CHECK(range != MAP_FAILED, "the fake device cannot reserve its address range");
+  return static_cast<char*>(range);
+}
+
+class Memory {
+ public:
+  void* allocate(size_t asked_bytes) {
+    if (asked_bytes == 0) return nullptr;
+    const size_t bytes = (asked_bytes + kRoundBytes - 1) / kRoundBytes * kRoundBytes;
+    std::lock_guard lock(state_mutex());
+    TORCH_CHECK_WITH(OutOfMemoryError, allocated_ + bytes <= limit_,
+                     "fake device out of memory: tried to allocate ", bytes, " bytes; ", allocated_,
+                     " of ", limit_, " bytes are in use");
+    const int stream = current_stream();
+    auto block = find_free(bytes, stream);
+    if (block == blocks_.end()) block = take_new(bytes, stream);
+    block->second.is_free = false;
+    block->second.history.restart(bytes, last_op(stream, "allocation"));
+    allocated_ += bytes;
+    peak_ = std::max(peak_, allocated_);
+    return device_ + block->first;
+  }
+
+  void free(const void* pointer) {
+    std::lock_guard lock(state_mutex());
+    const size_t begin = offset_of(pointer);
+    Block& block = blocks_.at(begin);
+    std::memset(host_ + begin, kNaNByte, block.bytes);
+    for (const int stream : block.kept_for) block.awaited.push_back(last_op(stream, "keep_for"));
+    block.kept_for.clear();
+    block.is_free = true;
+    allocated_ -= block.bytes;
+    free_.emplace(std::pair(block.stream, block.bytes), begin);
+  }
+
+  // The block around a pointer and the pointer's place in it.
+  std::pair<Block*, size_t> find(const void* pointer) {
+    const size_t place = offset_of(pointer);
+    auto block = blocks_.upper_bound(place);
+    TORCH_CHECK(block != blocks_.begin(), "not memory of the fake device");
+    --block;
+    TORCH_CHECK(place < block->first + block->second.bytes && !block->second.is_free,
+                "freed memory of the fake device is used");
+    return {&block->second, place - block->first};
+  }
+
+  [[nodiscard]] bool contains(const void* pointer) const {
+    return pointer >= device_ && pointer < device_ + kRangeBytes;
+  }
+  [[nodiscard]] size_t offset_of(const void* pointer) const {
+    TORCH_CHECK(contains(pointer), "not a pointer of the fake device");
+    return static_cast<size_t>(static_cast<const char*>(pointer) - device_);
+  }
+  [[nodiscard]] void* host_of(const void* pointer) const { return host_ + offset_of(pointer); }
+  void set_limit(int64_t bytes) { limit_ = std::min(static_cast<size_t>(bytes), kRangeBytes); }
+  void reset_peak() { peak_ = allocated_; }
+
+  [[nodiscard]] device::DeviceMemory stats() const {
+    const auto i = [](size_t bytes) { return static_cast<int64_t>(bytes); };
+    return {.free_bytes = i(limit_ - allocated_),
+            .total_bytes = i(limit_),
+            .allocated_bytes = i(allocated_),
+            .peak_bytes = i(peak_),
+            .reserved_bytes = i(used_),
+            .peak_reserved_bytes = i(used_)};
+  }
+
+ private:
+  using Blocks = std::map<size_t, Block>;
+
+  Blocks::iterator find_free(size_t bytes, int stream) {
+    const auto [first, last] = free_.equal_range({stream, bytes});
+    for (auto f = last; f != first;) {  // the one freed last
+      const auto block = blocks_.find((--f)->second);
+      auto& awaited = block->second.awaited;
+      if (!std::all_of(awaited.begin(), awaited.end(), is_done)) continue;
+      awaited.clear();
+      block->second.history.check_reuse(stream);
+      free_.erase(f);
+      return block;
+    }
+    return blocks_.end();
+  }
+
+  Blocks::iterator take_new(size_t bytes, int stream) {
+    TORCH_CHECK_WITH(OutOfMemoryError, used_ + bytes <= kRangeBytes,
+                     "the fake device's address range is used up");
+    const auto block = blocks_.emplace(used_, Block{.bytes = bytes, .stream = stream}).first;
+    std::memset(host_ + used_, kNaNByte, bytes);
+    used_ += bytes;
+    return block;
+  }
+
+  char* const device_ = reserve(PROT_NONE);
+  char* const host_ = reserve(PROT_READ | PROT_WRITE);
+  size_t used_ = 0, allocated_ = 0, peak_ = 0, limit_ = kRangeBytes;
+  Blocks blocks_;
+  std::multimap<std::pair<int, size_t>, size_t> free_;  // (stream, bytes) -> offset
+};
+
+Memory& memory() {
+  static auto* const instance = new Memory;
+  return *instance;
+}
+
+class DeviceAllocator : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* const pointer = memory().allocate(bytes);
+    return {pointer, pointer, &release, fake_device()};
+  }
+  [[nodiscard]] c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(memory().host_of(to), memory().host_of(from), bytes);
+  }
+
+ private:
+  static void release(void* pointer) {
+    if (pointer) memory().free(pointer);
+  }
+};
+
+std::map<const char*, size_t>& pinned_ranges() {
+  static auto* const instance = new std::map<const char*, size_t>;
+  return *instance;
+}
+
+class PinnedAllocator : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    constexpr size_t kAlign = 64;
+    const size_t rounded = std::max(kAlign, (bytes + kAlign - 1) / kAlign * kAlign);
+    void* const pointer = std::aligned_alloc(kAlign, rounded);
+    std::memset(pointer, kNaNByte, rounded);
+    std::lock_guard lock(state_mutex());
+    pinned_ranges()[static_cast<const char*>(pointer)] = rounded;
+    return {pointer, pointer, &release, c10::Device(c10::kCPU)};
+  }
+  [[nodiscard]] c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
+
+ private:
+  static void release(void* pointer) {
+    std::lock_guard lock(state_mutex());
+    pinned_ranges().erase(static_cast<const char*>(pointer));
+    std::free(pointer);
+  }
+};
+
+}  // namespace
+
+c10::Allocator* device_allocator() {
+  static auto* const instance = new DeviceAllocator;
+  return instance;
+}
+
+c10::Allocator* pinned_allocator() {
+  static auto* const instance = new PinnedAllocator;
+  return instance;
+}
+
+bool is_device_pointer(const void* pointer) { return memory().contains(pointer); }
+
+bool is_pinned(const void* pointer) {
+  std::lock_guard lock(state_mutex());
+  const auto* const p = static_cast<const char*>(pointer);
+  auto range = pinned_ranges().upper_bound(p);
+  if (range == pinned_ranges().begin()) return false;
+  --range;
+  return p < range->first + range->second;
+}
+
+void note(const at::Tensor& tensor, bool is_write, const Access& now) {
+  if (!tensor.defined() || tensor.numel() == 0) return;
+  std::lock_guard lock(state_mutex());
+  const auto [block, place] = memory().find(tensor.storage().data());
+  for (Region region : regions_of(tensor))
+    block->history.note({region.begin + place, region.end + place}, is_write, now);
+}
+
+void keep_for(const void* pointer, int stream) {
+  if (!pointer) return;
+  std::lock_guard lock(state_mutex());
+  memory().find(pointer).first->kept_for.push_back(stream);
+}
+
+device::DeviceMemory memory_stats() {
+  std::lock_guard lock(state_mutex());
+  return memory().stats();
+}
+
+void reset_peak() {
+  std::lock_guard lock(state_mutex());
+  memory().reset_peak();
+}
+
+}  // namespace capstan::test::fake
+
+namespace capstan::test {
+
+void* host_of(const void* device_pointer) {
+  return device_pointer ? fake::memory().host_of(device_pointer) : nullptr;
+}
+
+void set_fake_memory_bytes(int64_t bytes) {
+  std::lock_guard lock(fake::state_mutex());
+  fake::memory().set_limit(bytes);
+}
+
+}  // namespace capstan::test

@@ -1,0 +1,28 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Memory of the fake device: addresses nobody may touch, their bytes elsewhere, and for each byte
+// the ops that last wrote and read it.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/core/Allocator.h>
+
+#include "capstan/device/accelerator.h"
+#include "support/fake_device/timeline.h"
+
+namespace capstan::test::fake {
+
+c10::Allocator* device_allocator();
+c10::Allocator* pinned_allocator();
+bool is_device_pointer(const void* pointer);
+bool is_pinned(const void* pointer);
+
+// Throws MissingWait when `now` is not ordered behind the other streams' ops on these bytes; else
+// remembers it as their last read or write.
+void note(const at::Tensor& tensor, bool is_write, const Access& now);
+// The block is not given out again before what is queued on `stream` when it is freed is done.
+void keep_for(const void* pointer, int stream);
+
+device::DeviceMemory memory_stats();
+void reset_peak();
+
+}  // namespace capstan::test::fake

@@ -1,0 +1,196 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "support/fake_device/natives.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/Resize.h>
+#include <ATen/ops/_local_scalar_dense.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <torch/library.h>
+
+#include "support/fake_device/fake_device.h"
+#include "support/fake_device/fallback.h"
+#include "support/fake_device/host_copies.h"
+#include "support/fake_device/host_tensor.h"
+#include "support/fake_device/memory.h"
+
+namespace capstan::test::fake {
+namespace {
+
+using Dtype = std::optional<at::ScalarType>;
+using Layout = std::optional<at::Layout>;
+using Device = std::optional<at::Device>;
+using Format = std::optional<at::MemoryFormat>;
+
+at::Tensor empty(at::IntArrayRef sizes, Dtype dtype, Layout, Device, std::optional<bool>,
+                 Format format) {
+  constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
+  return at::Tensor(at::detail::empty_generic(sizes, device_allocator(), kKeys,
+                                              c10::dtype_or_default(dtype), format));
+}
+
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, Dtype dtype, Layout,
+                         Device, std::optional<bool>) {
+  return empty_device(sizes, strides, c10::dtype_or_default(dtype));
+}
+
+void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  const bool from_pinned = is_pinned(from.storage().data());
+  const Access now = begin_op("copy to the device");
+  note(to, true, now);
+  arrive_for(from, now.stream);
+  host_view(to).copy_(from);
+  if (!non_blocking)
+    synchronize_stream(now.stream);
+  else if (from_pinned)
+    hold_source(from, now);
+  else
+    count_host_sync();  // the driver stages pageable memory
+}
+
+void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  const Access now = begin_op("copy to the host");
+  note(from, false, now);
+  if (non_blocking && is_pinned(to.storage().data())) {
+    const at::Tensor value = at::empty_like(to);
+    value.copy_(host_view(from));
+    arrive_later(to, value, now);
+    return;
+  }
+  to.copy_(host_view(from));
+  synchronize_stream(now.stream);
+}
+
+void copy_on_device(const at::Tensor& from, const at::Tensor& to) {
+  const Access now = begin_op("copy");
+  note(from, false, now);
+  note(to, true, now);
+  host_view(to).copy_(host_view(from));
+}
+
+at::Tensor copy_from(const at::Tensor& source, const at::Tensor& to, bool non_blocking) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const at::Tensor from = source.sizes() == to.sizes() ? source : source.expand(to.sizes());
+  if (from.is_cpu())
+    copy_to_device(from, to, non_blocking);
+  else if (to.is_cpu())
+    copy_to_host(from, to, non_blocking);
+  else
+    copy_on_device(from, to);
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  to.resize_(from.sizes());
+  return copy_from(from, to, false);
+}
+
+at::Scalar local_scalar(const at::Tensor& tensor) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const Access now = begin_op("item");
+  note(tensor, false, now);
+  const at::Scalar value = at::_local_scalar_dense(host_view(tensor));
+  synchronize_stream(now.stream);
+  return value;
+}
+
+const at::Tensor& resize(const at::Tensor& self, at::IntArrayRef sizes, Format format) {
+  const size_t bytes = at::detail::computeStorageNbytesContiguous(
+      sizes, self.itemsize(), static_cast<size_t>(self.storage_offset()));
+  if (bytes > self.storage().nbytes()) resize_storage(self.storage(), bytes);
+  self.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  if (format && *format != at::MemoryFormat::Preserve)
+    self.unsafeGetTensorImpl()->empty_tensor_restride(*format);
+  return self;
+}
+
+at::Tensor& set_strided(at::Tensor& self, at::Storage storage, int64_t offset,
+                        at::IntArrayRef sizes, at::IntArrayRef strides) {
+  at::native::checkSetStorage<int64_t>(self, std::move(storage), offset, sizes, strides);
+  auto* const impl = self.unsafeGetTensorImpl();
+  if (strides.data()) {
+    impl->set_sizes_and_strides(sizes, strides, offset);
+  } else {
+    impl->set_storage_offset(offset);
+    impl->set_sizes_contiguous(sizes);
+  }
+  const size_t bytes = at::detail::computeStorageNbytes(sizes, self.strides(), self.itemsize(),
+                                                        static_cast<size_t>(offset));
+  if (self.numel() > 0 && bytes > self.storage().nbytes()) resize_storage(self.storage(), bytes);
+  return self;
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage storage) {
+  const auto count = static_cast<int64_t>(storage.nbytes() / self.itemsize());
+  return set_strided(self, std::move(storage), 0, {count}, {});
+}
+
+at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
+  return set_strided(self, source.storage(), source.storage_offset(), source.sizes(),
+                     source.strides());
+}
+
+at::Tensor& set_nothing(at::Tensor& self) {
+  return set_tensor(self, empty_device({0}, {1}, self.scalar_type()));
+}
+
+void record_stream(at::Tensor& self, at::Stream stream) {
+  keep_for(self.storage().data(), static_cast<int>(stream.id()));
+}
+
+// The CPU's answer would name a kernel that only CPU tensors reach.
+int64_t sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const std::optional<at::Tensor>&, double, bool, std::optional<double>, bool) {
+  constexpr int64_t kMath = 0;
+  return kMath;
+}
+
+bool has_kernel(const c10::OperatorName& name, c10::DispatchKey key) {
+  const auto op = c10::Dispatcher::singleton().findOp(name);
+  return op && op->hasSchema() && op->hasKernelForDispatchKey(key);
+}
+
+// LibTorch prefers an op's composite form to a backend's fallback. Where the CPU has a kernel of
+// its own beside that form, it is run, so that results have the CPU's bits.
+void prefer_kernels(torch::Library& aten) {
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames())
+    if (name.name.starts_with("aten::") && has_kernel(name, c10::DispatchKey::CPU) &&
+        (has_kernel(name, c10::DispatchKey::CompositeImplicitAutograd) ||
+         has_kernel(name, c10::DispatchKey::CompositeExplicitAutograd)) &&
+        !has_kernel(name, c10::DispatchKey::PrivateUse1))
+      aten.impl(toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+}
+
+}  // namespace
+
+void register_ops() {
+  static torch::Library all(torch::Library::IMPL, "_", c10::DispatchKey::PrivateUse1, __FILE__,
+                            __LINE__);
+  all.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  static torch::Library aten(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__,
+                             __LINE__);
+  aten.impl("empty.memory_format", &empty);
+  aten.impl("empty_strided", &empty_strided);
+  aten.impl("as_strided", &at::native::as_strided_tensorimpl);
+  aten.impl("view", &at::native::view);
+  aten.impl("_reshape_alias", &at::native::_reshape_alias);
+  aten.impl("unfold", &at::native::unfold);
+  aten.impl("_copy_from", &copy_from);
+  aten.impl("_copy_from_and_resize", &copy_from_and_resize);
+  aten.impl("_local_scalar_dense", &local_scalar);
+  aten.impl("resize_", &resize);
+  aten.impl("set_", &set_nothing);
+  aten.impl("set_.source_Tensor", &set_tensor);
+  aten.impl("set_.source_Storage", &set_storage);
+  aten.impl("set_.source_Storage_storage_offset", &set_strided);
+  aten.impl("record_stream", &record_stream);
+  aten.impl("_fused_sdp_choice", &sdp_choice);
+  prefer_kernels(aten);
+}
+
+}  // namespace capstan::test::fake
