@@ -49,6 +49,7 @@ std::vector<StateBlob> blobs_of(const std::vector<mesh::StateEntry>& entries) {
   for (const mesh::StateEntry& e : entries) {
     CAPSTAN_CHECK(e.tensor.is_contiguous() && e.tensor.numel() == e.box.numel(),
                   "state of {} does not fill its box", e.name);
+    CAPSTAN_CHECK(e.tensor.is_cpu(), "state of {} is on {}", e.name, e.tensor.device().str());
     auto* data = static_cast<std::byte*>(e.tensor.data_ptr());
     blobs.push_back({e.model,
                      e.kind,
@@ -60,6 +61,16 @@ std::vector<StateBlob> blobs_of(const std::vector<mesh::StateEntry>& entries) {
                      e.writes});
   }
   return blobs;
+}
+
+HostState::HostState(std::vector<mesh::StateEntry> entries)
+    : entries_(std::move(entries)), on_host_(entries_) {
+  for (mesh::StateEntry& entry : on_host_) entry.tensor = entry.tensor.cpu();
+}
+
+void HostState::write_back() const {
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (!entries_[i].tensor.is_cpu()) entries_[i].tensor.copy_(on_host_[i].tensor);
 }
 
 CommunicatorGroup::CommunicatorGroup(comm::Communicator communicator)

@@ -11,6 +11,7 @@
 #include "capstan/base/error.h"
 #include "capstan/base/hash.h"
 #include "capstan/base/trace.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/optim/grad_norm.h"
 #include "capstan/optim/optimizer.h"
 #include "capstan/parallel/context_split.h"
@@ -86,7 +87,8 @@ struct Engine::Impl {
   [[nodiscard]] Tensor from_last_stage(const Tensor& made, const std::vector<int64_t>& shape,
                                        at::ScalarType type) const {
     if (pipeline.size() == 1) return made;
-    Tensor whole = made.defined() ? made : at::empty(shape, type);
+    Tensor whole =
+        made.defined() ? made : at::empty(shape, at::TensorOptions().device(device).dtype(type));
     CAPSTAN_CHECK(whole.scalar_type() == type && whole.sizes() == at::IntArrayRef(shape),
                   "the last stage made {} of another shape or type", c10::toString(type));
     pipeline.broadcast(whole, executor.last_pipeline_rank()).wait();
@@ -118,6 +120,7 @@ struct Engine::Impl {
 
   plan::Plan plan;
   mesh::Mesh& mesh;
+  const at::Device device = device::run_device();
   parallel::ParallelModel model;
   StepControl control;
   Executor executor;
@@ -135,6 +138,7 @@ Engine::~Engine() = default;
 StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& objective) {
   Impl& e = *impl_;
   check_batches(rows, e.plan.batch);
+  if (!e.device.is_cpu()) check_ids(rows, e.plan.model().shape.vocab_size);
   const auto batches = cut_rows(rows, e.context.size(), e.context.rank());
   // What weights are divided by must be known before any forward.
   const Tensor counts = at::empty({2}, at::kDouble);
@@ -142,7 +146,8 @@ StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& ob
   c[0] = objective.local_denominator(batches);
   c[1] = static_cast<double>(count_targets(batches));
   e.data.all_reduce(counts).wait();
-  const StepWork work{&batches, &objective, c[0], e.control.loss_scale()};
+  const auto on_device = to_device(batches, e.device);
+  const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
   StepControl::Verdict verdict;
   e.executor.run(work, [&](double local_loss) {
     e.model.buckets->finish_step();
@@ -158,7 +163,8 @@ StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& ob
 void Engine::evaluate(const MicroBatch& rows, const std::function<void(const Tensor&)>& per_token) {
   Impl& e = *impl_;
   check_batch(rows);
-  const MicroBatch batch = cut_rows(rows, e.context.size(), e.context.rank());
+  if (!e.device.is_cpu()) check_ids({rows}, e.plan.model().shape.vocab_size);
+  const MicroBatch batch = to_device(cut_rows(rows, e.context.size(), e.context.rank()), e.device);
   const param::Context context = e.without_gradient(param::Mode::kEval, batch.rows);
   Tensor logprob_BT = e.executor.eval_logprob(context, batch);
   if (logprob_BT.defined() && e.mesh.coord().tp == 0) {
@@ -184,15 +190,17 @@ EvalReport Engine::report_eval() {
 Tensor Engine::next_logits(const Tensor& ids_BT, param::KvCache* cache) {
   Impl& e = *impl_;
   check_batch({ids_BT, ids_BT, {}});
+  if (!e.device.is_cpu()) check_ids({{ids_BT, ids_BT, {}}}, e.plan.model().shape.vocab_size);
   const int64_t B = ids_BT.size(0), T = ids_BT.size(1), first = cache ? cache->length() : 0;
   param::RowMap rows;
   for (int64_t b = 0; b < B; ++b) rows.samples.push_back(b);
-  rows.positions_BT = at::arange(first, first + T, at::kLong).expand({B, T}).contiguous();
+  const auto index = at::TensorOptions().device(e.device).dtype(at::kLong);
+  rows.positions_BT = at::arange(first, first + T, index).expand({B, T}).contiguous();
   rows.positions_are_rows = first == 0;
   // Rows are whole on every rank, with and without a cache.
   param::Context context = e.without_gradient(param::Mode::kDecode, rows);
   context.cache = cache;
-  Tensor logits_BV = e.executor.logits(context, ids_BT, 1);
+  Tensor logits_BV = e.executor.logits(context, ids_BT.to(e.device), 1);
   if (logits_BV.defined()) logits_BV = logits_BV.squeeze(1).contiguous();
   return e.from_last_stage(logits_BV, {B, e.plan.model().shape.vocab_size},
                            parallel::scalar_type_of(e.plan.precision.compute));

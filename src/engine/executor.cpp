@@ -89,11 +89,11 @@ Tensor Executor::boundary_like(const param::Context& context, const Tensor& ids_
   const bool cut = plan_.resolved.parallel.sequence && context.mode != param::Mode::kDecode;
   const int64_t tokens = ids_BT.size(1) / (cut ? tensor_ranks_ : 1);
   return at::empty({ids_BT.size(0), tokens, model_.model.shape.hidden_size},
-                   parallel::scalar_type_of(plan_.precision.residual));
+                   ids_BT.options().dtype(parallel::scalar_type_of(plan_.precision.residual)));
 }
 
 double Executor::run(const StepWork& work, const std::function<void(double)>& finish) {
-  loss_ = 0;
+  loss_ = Tensor();
   next_pass_ = 0;
   in_flight_.clear();  // a step that threw may have left something
   model_.queue->target = nullptr;
@@ -106,9 +106,17 @@ double Executor::run(const StepWork& work, const std::function<void(double)>& fi
     }
     for (auto& sent : sends_) sent.wait();
     sends_.clear();
-    finish(loss_);
+    finish(read_loss());
   }
-  return loss_;
+  return read_loss();
+}
+
+// Waits for the device: once a step.
+double Executor::read_loss() const { return loss_.defined() ? loss_.item<double>() : 0; }
+
+void Executor::add_loss(const Tensor& loss) {
+  const at::NoGradGuard no_grad;
+  loss_ = loss_.defined() ? loss_ + loss : loss;
 }
 
 void Executor::execute(const plan::Instruction& i, const StepWork& work) {
@@ -256,12 +264,12 @@ void Executor::score(const param::Context& context, const nn::BlockIO& in, InFli
       model_.model.head->score(context, *model_.seams, in, batch.targets_BT, request);
   if (weights_BT.defined()) {
     flight.loss = scores.weighted_loss;
-    loss_ += flight.loss.item<double>() / work.loss_scale;
+    add_loss(flight.loss.detach().to(at::kDouble) / work.loss_scale);
     return;
   }
   flight.loss = work.objective->loss(scores, batch, work.denominator);
   flight.seed = work.loss_scale;
-  loss_ += flight.loss.item<double>();
+  add_loss(flight.loss.detach().to(at::kDouble));
 }
 
 // Gradients of the block's inputs, by place. Consumes the run: its graph lives on in the roots

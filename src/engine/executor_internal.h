@@ -42,6 +42,8 @@ class Executor {
   [[nodiscard]] int last_pipeline_rank() const { return plan_.schedule.rank_of.back(); }
 
  private:
+  [[nodiscard]] double read_loss() const;
+  void add_loss(const Tensor& loss);
   struct BlockRun {
     std::vector<Edge> leaves, roots;  // of its graph, by place in a BlockIO
     nn::BlockIO in;                   // of a block that is run again, which has no graph yet
@@ -100,7 +102,7 @@ class Executor {
   std::list<comm::Work> sends_;
   int instruction_ = 0;  // being executed
   size_t next_pass_ = 0;
-  double loss_ = 0;
+  Tensor loss_;  // fp64, of the micro-batches so far
 };
 
 }  // namespace capstan::engine

@@ -65,6 +65,40 @@ void check_batches(const std::vector<MicroBatch>& batches, const plan::BatchPlan
   }
 }
 
+void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size) {
+  const auto check = [&](const Tensor& ids, const char* what, bool may_be_ignored) {
+    const Tensor outside = (ids < 0).logical_or(ids >= vocab_size);
+    const Tensor wrong = may_be_ignored ? outside.logical_and(ids.ne(kIgnoredTarget)) : outside;
+    if (!wrong.any().item<bool>()) return;
+    throw DataError(
+        ErrorText{.module = "engine",
+                  .what = fmt::format("reading the {} of a micro-batch", what),
+                  .got = fmt::format("id {}", ids.masked_select(wrong)[0].item<int64_t>()),
+                  .need = fmt::format("0 to {}", vocab_size - 1),
+                  .why = "the model's vocabulary ends there",
+                  .fix = "Prepare the data with the tokenizer of this model"});
+  };
+  for (const MicroBatch& batch : batches) {
+    check(batch.ids_BT, "token ids", false);
+    check(batch.targets_BT, "targets", true);
+  }
+}
+
+MicroBatch to_device(const MicroBatch& batch, at::Device device) {
+  if (device.is_cpu()) return batch;
+  const auto moved = [&](const Tensor& x) { return x.defined() ? x.to(device) : x; };
+  MicroBatch on_device{moved(batch.ids_BT), moved(batch.targets_BT), batch.rows};
+  on_device.rows.positions_BT = moved(batch.rows.positions_BT);
+  on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);
+  return on_device;  // row_index_T is read on the CPU
+}
+
+std::vector<MicroBatch> to_device(const std::vector<MicroBatch>& batches, at::Device device) {
+  std::vector<MicroBatch> on_device;
+  for (const MicroBatch& batch : batches) on_device.push_back(to_device(batch, device));
+  return on_device;
+}
+
 MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank) {
   if (ranks == 1) return rows;
   const int64_t B = rows.ids_BT.size(0), T = rows.ids_BT.size(1);

@@ -17,6 +17,13 @@ inline constexpr int64_t kIgnoredTarget = -100;
 void check_batches(const std::vector<MicroBatch>& batches, const plan::BatchPlan& plan);
 void check_batch(const MicroBatch& batch);
 
+// Ids and targets must be looked at before they are on a device, where ops do not read them.
+void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size);
+// What blocks and head read of a micro-batch; the same tensors on the CPU.
+[[nodiscard]] MicroBatch to_device(const MicroBatch& batch, at::Device device);
+[[nodiscard]] std::vector<MicroBatch> to_device(const std::vector<MicroBatch>& batches,
+                                                at::Device device);
+
 // The part of whole rows that rank `rank` of the context axis works on (parallel/context_split.h).
 [[nodiscard]] MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank);
 [[nodiscard]] std::vector<MicroBatch> cut_rows(const std::vector<MicroBatch>& rows, int ranks,

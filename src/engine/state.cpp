@@ -98,7 +98,8 @@ uint64_t sum_range(const FlatStore& store, int index, const parallel::Shard& sha
 }
 
 uint64_t sum_store(const FlatStore& store) {
-  const parallel::Shard shard = store.shard();
+  parallel::Shard shard = store.shard();
+  shard.master = shard.master.cpu();
   uint64_t total = 0;
   for (int p = 0; p < static_cast<int>(store.layout().params.size()); ++p) {
     const auto& local = store.local(p);

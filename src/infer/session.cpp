@@ -39,16 +39,16 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                       "parallel.recompute.mode=none",
                                       "parallel.recompute.parts=[]",
                                       "parallel.offload_activations=false",
+                                      "run.device=cpu",
                                       "run.threads=auto"};
   changes.insert(changes.end(), overrides.begin(), overrides.end());
   return recipe::parse_recipe(checkpoint::read_step_file(step.path, "recipe.yaml"),
                               (step.path / "recipe.yaml").string(), changes);
 }
 
-std::vector<checkpoint::StateBlob> model_blobs(engine::Engine& engine) {
-  std::vector<checkpoint::StateBlob> blobs;
-  for (checkpoint::StateBlob& blob : checkpoint::blobs_of(engine.state_entries()))
-    if (blob.kind == "model") blobs.push_back(std::move(blob));
+std::vector<checkpoint::StateBlob> model_blobs(const checkpoint::HostState& state) {
+  std::vector<checkpoint::StateBlob> blobs = state.blobs();
+  std::erase_if(blobs, [](const checkpoint::StateBlob& blob) { return blob.kind != "model"; });
   return blobs;
 }
 
@@ -101,8 +101,10 @@ Session::Session(const SessionOptions& options) : state_(std::make_unique<State>
   device::set_threads(static_cast<int>(options.threads.value_or(device::recommended_threads(1))));
   state_->engine = std::make_unique<engine::Engine>(
       state_->plan, state_->mesh, engine::EngineOptions{.trains = false, .initializes = false});
-  std::vector<checkpoint::StateBlob> blobs = model_blobs(*state_->engine);
+  const checkpoint::HostState state(state_->engine->state_entries());
+  std::vector<checkpoint::StateBlob> blobs = model_blobs(state);
   (void)checkpoint::load_state(state_->step, blobs);
+  state.write_back();
   state_->engine->restore(state_->engine->scalars());
   log::info("infer", "{}: step {}, {} parameters", folder.string(), state_->step.manifest.step,
             format_count(state_->plan.model().parameters));
@@ -146,7 +148,7 @@ Generated generate(Session& session, std::string_view prompt, const GenerateOpti
     if (!result.stopped_by.empty()) break;
     const at::Tensor ids = at::tensor(next, at::kLong).unsqueeze(0);
     const at::Tensor logits =
-        session.engine().next_logits(ids, &cache).to(at::kFloat).reshape({-1}).contiguous();
+        session.engine().next_logits(ids, &cache).cpu().to(at::kFloat).reshape({-1}).contiguous();
     const int64_t token =
         sample_token({logits.data_ptr<float>(), static_cast<size_t>(logits.numel())},
                      options.sampling, options.sequence, result.tokens.size());

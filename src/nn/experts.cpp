@@ -69,13 +69,14 @@ Tensor ExpertPass::load_SE(const Tensor& experts_Nk, at::ScalarType wide) const 
   if (shape().auxiliary_scope == "global") {
     const Tensor fractions_E = state().fractions_E;
     CAPSTAN_CHECK(fractions_E.defined(), "layer {}: no fractions of the previous step", layer);
-    return (fractions_E.to(wide) * static_cast<double>(count)).expand({places.rows, count});
+    return (fractions_E.to(experts_Nk.device(), wide) * static_cast<double>(count))
+        .expand({places.rows, count});
   }
   const Tensor counts_SE =
       ops::count_choices(experts_Nk, places.row_N, places.rows, count).to(at::kDouble);
-  if (cut.sum_rows) cut.sum_rows(counts_SE);
+  if (cut.sum_rows) cut.sum_rows(counts_SE);  // counts are on the CPU
   const auto choices = static_cast<double>(shape().per_token * places.row_length);
-  return (counts_SE * (static_cast<double>(count) / choices)).to(wide);
+  return (counts_SE * (static_cast<double>(count) / choices)).to(wide).to(experts_Nk.device());
 }
 
 ops::RouterLoss ExpertPass::loss(const ops::Routing& routing) const {
@@ -85,7 +86,9 @@ ops::RouterLoss ExpertPass::loss(const ops::Routing& routing) const {
                 "layer {}: losses on the router need the number of rows of the step", layer);
   const double per_token =
       context.loss_scale / (context.rows_of_step * static_cast<double>(places.row_length));
-  ops::RouterLoss loss{.balance_SE = {}, .row_N = places.row_N, .z = e.z_loss * per_token};
+  ops::RouterLoss loss{.balance_SE = {},
+                       .row_N = places.row_N.to(routing.scores_NE.device()),
+                       .z = e.z_loss * per_token};
   if (e.auxiliary_loss > 0)
     loss.balance_SE = load_SE(routing.experts_Nk, routing.scores_NE.scalar_type()) *
                       (e.auxiliary_loss * per_token);

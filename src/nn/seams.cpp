@@ -70,7 +70,8 @@ Tensor Seams::turn_heads(const Context& context, int layer, const Tensor& qkv_BT
   return ops::rope(qkv_BTX, rows.positions_are_rows ? Tensor() : rows.positions_BT,
                    {.theta = in.rope_theta,
                     .head_size = in.head_size,
-                    .heads = in.query_heads + in.key_value_heads});
+                    .heads = in.query_heads + in.key_value_heads,
+                    .length = in.max_positions});
 }
 
 Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,

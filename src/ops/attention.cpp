@@ -40,7 +40,7 @@ AttentionGrads libtorch_backward(const Call& call, const Tensor& grad,
 }  // namespace
 
 Form choose(const Tensor& q, const Tensor& k, const AttentionMask& mask) {
-  if (path() == Path::kReference) return Form::kReference;
+  if (path_of(q) == Path::kReference) return Form::kReference;
   if (cpu::element_of(q.scalar_type())) return Form::kKernel;
   return is_plain_causal(q, k, mask) ? Form::kLibTorch : Form::kReference;
 }

@@ -32,8 +32,9 @@ Tensor fold_groups(const Tensor& x_BNSH, int64_t repeat) {
 // True where a query may see a key: [B or 1, 1, T, S].
 Tensor allowed(const Call& call) {
   const int64_t queries = call.q_BTNH.size(1), keys = call.k_BSKH.size(1);
-  const Tensor last_T1 = (at::arange(queries, at::kLong) + call.mask.query_offset).unsqueeze(1);
-  const Tensor key_S = at::arange(keys, at::kLong).unsqueeze(0);
+  const auto index = call.q_BTNH.options().dtype(at::kLong);
+  const Tensor last_T1 = (at::arange(queries, index) + call.mask.query_offset).unsqueeze(1);
+  const Tensor key_S = at::arange(keys, index).unsqueeze(0);
   Tensor allow = (key_S <= last_T1).view({1, 1, queries, keys});
   if (call.mask.sliding_window)
     allow = allow.logical_and(key_S > last_T1 - *call.mask.sliding_window);

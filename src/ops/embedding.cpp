@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
@@ -27,7 +28,9 @@ Rows rows_of(const Param& table) {
   return {real.begin.at(0), real.extent.at(0)};
 }
 
+// Off the CPU the caller has looked: reading them would wait for the device.
 void check_ids(const Tensor& ids, int64_t vocab) {
+  if (!ids.is_cpu()) return;
   const auto* const id = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
     if (id[i] < 0 || id[i] >= vocab)
@@ -95,13 +98,50 @@ void with_types(at::ScalarType from, at::ScalarType to, const Visit& visit) {
   });
 }
 
+// The same by ATen, for other devices. Rows that are not here are row 0 times zero.
+struct LocalRows {
+  Tensor row_N, here_N1;
+  LocalRows(const Tensor& ids, Rows rows) {
+    const Tensor row = ids.reshape({-1}) - rows.begin;
+    const Tensor here = (row >= 0).logical_and(row < rows.count);
+    row_N = row * here;
+    here_N1 = here.unsqueeze(1);
+  }
+};
+
+Tensor gather_by_aten(const Tensor& table, const Tensor& ids, Rows rows, at::ScalarType residual) {
+  const LocalRows local(ids, rows);
+  std::vector<int64_t> sizes = ids.sizes().vec();
+  sizes.push_back(table.size(1));
+  return (table.index_select(0, local.row_N).to(residual) * local.here_N1).view(sizes);
+}
+
+void scatter_by_aten(const Tensor& grad, const Tensor& ids, Rows rows, const Tensor& buffer) {
+  const LocalRows local(ids, rows);
+  const Tensor grad_ND = grad.reshape({-1, grad.size(-1)}).to(buffer.scalar_type());
+  buffer.index_add_(0, local.row_N, grad_ND * local.here_N1);
+}
+
 void add_rows(param::GradSlot& slot, const Tensor& grad, const Tensor& ids, Rows rows) {
   if (slot.overwrite) slot.buffer.zero_();
   slot.overwrite = false;
+  if (!grad.is_cpu()) return scatter_by_aten(grad, ids, rows, slot.buffer);
   CAPSTAN_CHECK(slot.buffer.is_contiguous(), "embedding: gradient buffer is not contiguous");
   with_types(grad.scalar_type(), slot.buffer.scalar_type(), [&](auto from, auto to) {
     scatter_rows<decltype(from), decltype(to)>(grad, ids, rows, slot.buffer);
   });
+}
+
+Tensor look_up(const Tensor& ids, const Tensor& weight_VD, Rows rows, at::ScalarType residual) {
+  at::NoGradGuard no_grad;
+  if (!weight_VD.is_cpu()) return gather_by_aten(weight_VD, ids, rows, residual);
+  std::vector<int64_t> sizes = ids.sizes().vec();
+  sizes.push_back(weight_VD.size(1));
+  const Tensor out = at::empty(sizes, weight_VD.options().dtype(residual));
+  with_types(weight_VD.scalar_type(), residual, [&](auto from, auto to) {
+    gather_rows<decltype(from), decltype(to)>(weight_VD, ids, rows, out);
+  });
+  return out;
 }
 
 }  // namespace
@@ -109,14 +149,9 @@ void add_rows(param::GradSlot& slot, const Tensor& grad, const Tensor& ids, Rows
 Tensor embedding(const Tensor& ids_BT, const Param& table, at::ScalarType residual) {
   CAPSTAN_CHECK(ids_BT.scalar_type() == at::kLong, "embedding: ids must be int64");
   const Rows rows = rows_of(table);
-  const Tensor ids = ids_BT.contiguous(), weight_VD = table.value().contiguous();
+  const Tensor ids = ids_BT.contiguous();
   check_ids(ids, table.spec().shape.at(0));
-  std::vector<int64_t> sizes = ids.sizes().vec();
-  sizes.push_back(weight_VD.size(1));
-  const Tensor out = at::empty(sizes, weight_VD.options().dtype(residual));
-  with_types(weight_VD.scalar_type(), residual, [&](auto from, auto to) {
-    gather_rows<decltype(from), decltype(to)>(weight_VD, ids, rows, out);
-  });
+  const Tensor out = look_up(ids, table.value().contiguous(), rows, residual);
   return record(
       out,
       {"embedding", {}, {table}, {}, [table, ids, rows](const Tensors&, Tensors& grads) -> Tensors {

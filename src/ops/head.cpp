@@ -30,7 +30,9 @@ Tensor real_weight(const Projection& head) { return head.weight().narrow(0, 0, r
 
 int64_t vocabulary_of(const Projection& head) { return head.parts.front().spec().shape.at(0); }
 
+// Off the CPU the caller has looked: reading them would wait for the device.
 void check_targets(const Tensor& targets, int64_t vocab) {
+  if (!targets.is_cpu()) return;
   const auto* const target = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < targets.numel(); ++i)
     if (target[i] != kIgnoreTarget && (target[i] < 0 || target[i] >= vocab))
@@ -272,7 +274,7 @@ WeightedLoss head_weighted_loss(const Tensor& x, const Projection& head, const T
                       head.parts,
                       {dx},
                       [](const Tensors& saved, Tensors& grads) -> Tensors {
-                        const double seed = grads[0].item<double>();
+                        const double seed = grads[0].is_cpu() ? grads[0].item<double>() : 1.0;
                         CAPSTAN_CHECK(
                             seed == 1.0,
                             "head: backward seed {} of a loss whose gradient was made in the "

@@ -36,12 +36,11 @@ bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() =
 }  // namespace
 
 void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
-  if (have_same_type(a, b) && have_same_type(a, out)) {
-    at::mm_out(out, a, b);
-    return;
-  }
   const auto type = a.element_size() < b.element_size() ? b.scalar_type() : a.scalar_type();
-  out.copy_(at::mm(a.to(type), b.to(type)));
+  if (out.scalar_type() == type)
+    at::mm_out(out, a.to(type), b.to(type));
+  else
+    out.copy_(at::mm(a.to(type), b.to(type)));
 }
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O) {
@@ -65,11 +64,10 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
   return dx.whole;
 }
 
-void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND) {
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in) {
   at::NoGradGuard no_grad;
-  if (!have_same_type(grad_NO, x_ND)) {
-    param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND.to(grad_NO.scalar_type())));
-  } else if (!have_same_type(slot.buffer, grad_NO)) {
+  const Tensor x_ND = x_in.to(grad_NO.scalar_type());
+  if (!have_same_type(slot.buffer, grad_NO)) {
     param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
   } else if (slot.overwrite) {
     at::mm_out(slot.buffer, grad_NO.t(), x_ND);

@@ -18,7 +18,8 @@ namespace capstan::ops {
 namespace {
 
 bool takes_kernel(const Tensor& logits) {
-  return path() == Path::kFused && cpu::element_of(logits.scalar_type()) && logits.stride(1) == 1;
+  return path_of(logits) == Path::kFused && cpu::element_of(logits.scalar_type()) &&
+         logits.stride(1) == 1;
 }
 
 cpu::CrossEntropyArgs arguments(const Tensor& logits, const Tensor& targets, int64_t first) {

@@ -163,8 +163,9 @@ void check_shapes(const Tensor& residual, const Tensor& hidden, const Param& wei
 AddRmsNorm add_rms_norm(const Tensor& residual, const Tensor& hidden, const Param& weight,
                         double eps, NormOutput output) {
   check_shapes(residual, hidden, weight);
-  NormCall call{weight,           eps,   residual.scalar_type(), weight.compute_dtype(),
-                hidden.defined(), path()};
+  NormCall call{
+      weight,           eps, residual.scalar_type(), weight.compute_dtype(), hidden.defined(),
+      path_of(residual)};
   if (!has_kernel(call)) call.path = Path::kReference;
   NormForward out;
   {

@@ -133,8 +133,8 @@ Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tens
 }  // namespace
 
 ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts) {
-  const Tensor experts_Nk = experts_in.contiguous();
-  const Tensor keep_Nk = keep_in.defined() ? keep_in.contiguous() : keep_in;
+  const Tensor experts_Nk = experts_in.cpu().contiguous();
+  const Tensor keep_Nk = keep_in.defined() ? keep_in.cpu().contiguous() : keep_in;
   const auto* const chosen = experts_Nk.const_data_ptr<int64_t>();
   const bool* const keep = keep_Nk.defined() ? keep_Nk.const_data_ptr<bool>() : nullptr;
   ExpertOrder order;
@@ -160,11 +160,13 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
     place[slot] = next[static_cast<size_t>(chosen[slot])]++;
     slots[place[slot]] = slot;
   }
+  order.slot_R = order.slot_R.to(experts_in.device());
+  order.place_Nk = order.place_Nk.to(experts_in.device());
   return order;
 }
 
 Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
-  const Path form = path();
+  const Path form = path_of(x_ND);
   const int64_t k = order.place_Nk.size(1);
   CAPSTAN_CHECK(x_ND.dim() == 2 && x_ND.size(0) == order.place_Nk.size(0),
                 "permute: {} tokens for an order of {}", x_ND.size(0), order.place_Nk.size(0));
@@ -185,7 +187,7 @@ Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
 }
 
 Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOrder& order) {
-  const Path form = path();
+  const Path form = path_of(y_RD);
   CAPSTAN_CHECK(y_RD.dim() == 2 && y_RD.size(0) == order.slot_R.numel() &&
                     weights_in.sizes() == order.place_Nk.sizes(),
                 "combine: {} rows for an order of {}", y_RD.size(0), order.slot_R.numel());

@@ -21,7 +21,10 @@
 namespace capstan::ops {
 namespace {
 
-RopeTable make_table(double theta, int64_t head_size, int64_t length, at::ScalarType dtype) {
+using TableKey = std::tuple<double, int64_t, at::ScalarType, at::Device>;
+
+RopeTable make_table(double theta, int64_t head_size, int64_t length, at::ScalarType dtype,
+                     at::Device device) {
   const int64_t half = head_size / 2;
   const Tensor cos = at::empty({length, half}, at::kDouble), sin = at::empty_like(cos);
   auto* const c = cos.data_ptr<double>();
@@ -34,14 +37,23 @@ RopeTable make_table(double theta, int64_t head_size, int64_t length, at::Scalar
       s[t * half + i] = std::sin(static_cast<double>(t) * frequency);
     }
   }
-  return {cos.to(dtype), sin.to(dtype)};
+  return {cos.to(dtype).to(device), sin.to(dtype).to(device)};
+}
+
+bool comes_before(const TableKey& a, const TableKey& b) {
+  const auto key = [](const TableKey& k) {
+    const at::Device d = std::get<3>(k);
+    return std::tuple(std::get<0>(k), std::get<1>(k), std::get<2>(k), d.type(), d.index());
+  };
+  return key(a) < key(b);
 }
 
 void rotate_reference(const Tensor& x, const Tensor& positions, const RopeTable& table,
                       const RopeSpec& spec, bool backward) {
   const int64_t half = spec.head_size / 2, tokens = x.size(1);
-  const Tensor index =
-      positions.defined() ? positions.to(at::kLong) : at::arange(tokens, at::kLong).unsqueeze(0);
+  const Tensor index = positions.defined()
+                           ? positions.to(at::kLong)
+                           : at::arange(tokens, x.options().dtype(at::kLong)).unsqueeze(0);
   const Tensor cos = table.cos.index({index}).unsqueeze(2);  // B T 1 H/2
   const Tensor sin = table.sin.index({index}).unsqueeze(2) * (backward ? -1 : 1);
   Tensor heads = x.narrow(2, 0, spec.heads * spec.head_size)
@@ -55,7 +67,7 @@ void rotate(const Tensor& x, const Tensor& positions, const RopeTable& table, co
             bool backward) {
   at::NoGradGuard no_grad;
   const auto element = cpu::element_of(x.scalar_type());
-  if (path() == Path::kReference || !element)
+  if (path_of(x) == Path::kReference || !element)
     return rotate_reference(x, positions, table, spec, backward);
   const cpu::RopeArgs args{
       .x = x.mutable_data_ptr(),
@@ -74,9 +86,14 @@ void rotate(const Tensor& x, const Tensor& positions, const RopeTable& table, co
 
 // How long the table must be. Positions come from the data, so they are checked before they index
 // memory.
-int64_t length_needed(const Tensor& positions, int64_t tokens) {
+int64_t length_needed(const Tensor& positions, int64_t tokens, const RopeSpec& spec) {
   if (!positions.defined()) return tokens;
   if (positions.numel() == 0) return 1;
+  if (!positions.is_cpu()) {  // reading them would wait for the device
+    CAPSTAN_CHECK(spec.length > 0, "rope: positions on {} need the length of a row",
+                  positions.device().str());
+    return spec.length;
+  }
   const auto* const p = positions.const_data_ptr<int64_t>();
   int64_t low = 0, high = 0;
   for (int64_t i = 0; i < positions.numel(); ++i) {
@@ -89,16 +106,17 @@ int64_t length_needed(const Tensor& positions, int64_t tokens) {
 
 }  // namespace
 
-RopeTable rope_table(double theta, int64_t head_size, int64_t length, at::ScalarType dtype) {
+RopeTable rope_table(double theta, int64_t head_size, int64_t length, at::ScalarType dtype,
+                     at::Device device) {
   static std::mutex mutex;
-  static auto& tables = *new std::map<std::tuple<double, int64_t, at::ScalarType>, RopeTable>;
+  static auto& tables = *new std::map<TableKey, RopeTable, decltype(&comes_before)>(&comes_before);
   const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
   const std::scoped_lock lock(mutex);
-  RopeTable& table = tables[{theta, head_size, wide}];
+  RopeTable& table = tables[{theta, head_size, wide, device}];
   if (!table.cos.defined() || table.cos.size(0) < length) {
     const bool growing = table.cos.defined();
     const auto rounded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(length)));
-    table = make_table(theta, head_size, growing ? rounded : length, wide);
+    table = make_table(theta, head_size, growing ? rounded : length, wide, device);
   }
   return table;
 }
@@ -115,7 +133,8 @@ Tensor rope(const Tensor& x, const Tensor& positions_in, const RopeSpec& spec) {
       positions_in.defined() ? positions_in.to(at::kLong).contiguous().view({x.size(0), x.size(1)})
                              : Tensor();
   const RopeTable table =
-      rope_table(spec.theta, spec.head_size, length_needed(positions, x.size(1)), x.scalar_type());
+      rope_table(spec.theta, spec.head_size, length_needed(positions, x.size(1), spec),
+                 x.scalar_type(), x.device());
   const Tensor out = x.detach();
   const Path chosen = path();
   rotate(out, positions, table, spec, false);

@@ -94,7 +94,8 @@ Routing route(const Tensor& x_ND, const Tensor& weight_ED, const Tensor& bias_E,
 RouterLossValues router_loss_values(const Routing& routing, const RouterSpec& spec,
                                     const RouterLoss& loss) {
   at::NoGradGuard no_grad;
-  RouterLossValues values{at::zeros({}, at::kDouble), at::zeros({}, at::kDouble)};
+  const auto wide = routing.scores_NE.options().dtype(at::kDouble);
+  RouterLossValues values{at::zeros({}, wide), at::zeros({}, wide)};
   if (loss.balance_SE.defined()) {
     const Tensor shares = shares_of(routing.scores_NE, spec.sigmoid).shares_NE.to(at::kDouble);
     values.balance = (loss.balance_SE.to(at::kDouble).index_select(0, loss.row_N) * shares).sum();

@@ -111,10 +111,12 @@ void check_router(const RouterSpec& spec, int64_t experts) {
                 spec.groups_per_token, spec.groups);
 }
 
-Tensor choose_experts(const Tensor& scores_NE, const Tensor& bias_E, const RouterSpec& spec) {
+Tensor choose_experts(const Tensor& scores_in, const Tensor& bias_E, const RouterSpec& spec) {
+  const Tensor scores_NE = scores_in.cpu();
   const int64_t tokens = scores_NE.size(0), experts = scores_NE.size(1), k = spec.per_token;
   check_router(spec, experts);
-  const Tensor bias = bias_E.defined() ? bias_E.to(scores_NE.scalar_type()).contiguous() : bias_E;
+  const Tensor bias =
+      bias_E.defined() ? bias_E.cpu().to(scores_NE.scalar_type()).contiguous() : bias_E;
   const Tensor chosen_Nk = at::empty({tokens, k}, at::kLong);
   AT_DISPATCH_FLOATING_TYPES(scores_NE.scalar_type(), "choose_experts", [&] {
     const auto* const scores = scores_NE.const_data_ptr<scalar_t>();
@@ -129,14 +131,14 @@ Tensor choose_experts(const Tensor& scores_NE, const Tensor& bias_E, const Route
       }
     });
   });
-  return chosen_Nk;
+  return chosen_Nk.to(scores_in.device());
 }
 
 double choice_margin(const Tensor& scores_in, const Tensor& bias_E, const RouterSpec& spec) {
-  const Tensor scores_NE = scores_in.to(at::kDouble).contiguous();
+  const Tensor scores_NE = scores_in.cpu().to(at::kDouble).contiguous();
   const int64_t experts = scores_NE.size(1);
   check_router(spec, experts);
-  const Tensor bias = bias_E.defined() ? bias_E.to(at::kDouble).contiguous() : bias_E;
+  const Tensor bias = bias_E.defined() ? bias_E.cpu().to(at::kDouble).contiguous() : bias_E;
   Chooser<double> chooser(spec, experts, bias.defined() ? bias.const_data_ptr<double>() : nullptr,
                           1);
   double margin = std::numeric_limits<double>::infinity();
@@ -155,7 +157,7 @@ double choice_margin(const Tensor& scores_in, const Tensor& bias_E, const Router
 Tensor count_choices(const Tensor& experts_Nk, const Tensor& row_N, int64_t rows, int64_t experts) {
   const Tensor counts_SE = at::zeros({rows, experts}, at::kLong);
   auto* const counts = counts_SE.mutable_data_ptr<int64_t>();
-  const Tensor row = row_N.contiguous(), chosen = experts_Nk.contiguous();
+  const Tensor row = row_N.cpu().contiguous(), chosen = experts_Nk.cpu().contiguous();
   const int64_t k = chosen.size(1);
   for (int64_t n = 0; n < chosen.size(0); ++n)
     for (int64_t j = 0; j < k; ++j)
@@ -170,7 +172,7 @@ namespace {
 std::vector<int64_t> tokens_by_place(const Tensor& row_N, const Tensor& place_N,
                                      const CapacitySpec& spec) {
   std::vector<int64_t> token(static_cast<size_t>(spec.rows * spec.row_length), -1);
-  const Tensor row = row_N.contiguous(), place = place_N.contiguous();
+  const Tensor row = row_N.cpu().contiguous(), place = place_N.cpu().contiguous();
   for (int64_t n = 0; n < row.numel(); ++n) {
     const int64_t r = row.const_data_ptr<int64_t>()[n], p = place.const_data_ptr<int64_t>()[n];
     if (r < 0) continue;
@@ -188,7 +190,7 @@ std::vector<int64_t> tokens_by_place(const Tensor& row_N, const Tensor& place_N,
 
 Tensor keep_within_capacity(const Tensor& experts_in, const Tensor& row_N, const Tensor& place_N,
                             const CapacitySpec& spec) {
-  const Tensor experts_Nk = experts_in.contiguous();
+  const Tensor experts_Nk = experts_in.cpu().contiguous();
   const int64_t k = experts_Nk.size(1);
   const auto token = tokens_by_place(row_N, place_N, spec);
   const Tensor keep_Nk = at::zeros(experts_Nk.sizes(), at::kBool);
@@ -206,7 +208,7 @@ Tensor keep_within_capacity(const Tensor& experts_in, const Tensor& row_N, const
       }
     }
   });
-  return keep_Nk;
+  return keep_Nk.to(experts_in.device());
 }
 
 }  // namespace capstan::ops

@@ -57,7 +57,7 @@ Tensor swiglu(const Tensor& gate_up_in) {
   CAPSTAN_CHECK(gate_up_in.size(-1) % 2 == 0 && gate_up_in.size(-1) > 0,
                 "swiglu: {} features cannot be halved", gate_up_in.size(-1));
   const auto element = cpu::element_of(gate_up_in.scalar_type());
-  const bool fused = path() == Path::kFused && element.has_value();
+  const bool fused = path_of(gate_up_in) == Path::kFused && element.has_value();
   Tensor gate_up, out;
   {
     at::NoGradGuard no_grad;

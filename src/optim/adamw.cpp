@@ -91,6 +91,21 @@ void run(const AdamWJob& task, const AdamWStep& step) {
   if (t.copy.defined()) round_range(t.weights, t.copy, task.begin, task.end - task.begin);
 }
 
+// The same formula by ATen, for other devices.
+void run_by_aten(const AdamWJob& job, const AdamWStep& step) {
+  const AdamWTensors& t = *job.tensors;
+  const auto part = [&](const Tensor& x) { return x.narrow(0, job.begin, job.end - job.begin); };
+  const auto factors = factors_of<double>(step, job.decay);
+  const Tensor weights = part(t.weights), first = part(t.first), second = part(t.second);
+  const Tensor g = part(t.gradient).to(weights.scalar_type()) * factors.gradient_scale;
+  first.mul_(factors.beta1).add_(g, factors.one_minus_beta1);
+  second.mul_(factors.beta2).addcmul_(g, g, factors.one_minus_beta2);
+  weights.mul_(factors.decay);
+  weights.addcdiv_(first, second.sqrt().mul_(factors.inverse_root).add_(factors.eps),
+                   -factors.step_size);
+  if (t.copy.defined()) part(t.copy).copy_(weights);
+}
+
 }  // namespace
 
 void adamw_update(std::span<const AdamWJob> jobs, const AdamWStep& step) {
@@ -98,6 +113,10 @@ void adamw_update(std::span<const AdamWJob> jobs, const AdamWStep& step) {
   std::vector<AdamWJob> tasks;
   for (const AdamWJob& job : jobs) {
     check_tensors(job);
+    if (!job.tensors->weights.is_cpu()) {
+      run_by_aten(job, step);
+      continue;
+    }
     for (int64_t begin = job.begin; begin < job.end; begin += kTaskElements)
       tasks.push_back({job.tensors, begin, std::min(job.end, begin + kTaskElements), job.decay});
   }

@@ -72,11 +72,11 @@ void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
   if (listener_) listener_(name, layer, value, states_.at(static_cast<size_t>(layer)));
   const int64_t count = shape_.experts.count;
   if (std::string_view(name) == "expert_tokens") {
-    row(layer).narrow(0, 0, count).add_(value);
+    row(layer).narrow(0, 0, count).add_(value.cpu());
     return;
   }
   const auto* const it = std::find(kNumbers.begin(), kNumbers.end(), std::string_view(name));
-  if (it != kNumbers.end()) row(layer)[count + (it - kNumbers.begin())].add_(value);
+  if (it != kNumbers.end()) row(layer)[count + (it - kNumbers.begin())].add_(value.cpu());
 }
 
 std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& group, bool applied) {

@@ -28,11 +28,11 @@ struct Route {
   [[nodiscard]] Tensor out(const Tensor& x_RD) const {
     const Tensor arrived_QD = at::empty({arrival_Q.numel(), x_RD.size(1)}, x_RD.options());
     group.all_to_all_v(arrived_QD, x_RD.contiguous(), received, sent).wait();
-    return arrived_QD.index_select(0, arrival_Q);
+    return arrived_QD.index_select(0, arrival_Q.to(x_RD.device()));
   }
   [[nodiscard]] Tensor back(const Tensor& y_QD) const {
     const Tensor leaving_QD = at::empty(y_QD.sizes(), y_QD.options());
-    leaving_QD.index_copy_(0, arrival_Q, y_QD);
+    leaving_QD.index_copy_(0, arrival_Q.to(y_QD.device()), y_QD);
     const int64_t rows = std::accumulate(sent.begin(), sent.end(), int64_t{0});
     const Tensor x_RD = at::empty({rows, y_QD.size(1)}, y_QD.options());
     group.all_to_all_v(x_RD, leaving_QD, sent, received).wait();

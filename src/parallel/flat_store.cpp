@@ -82,18 +82,30 @@ FlatStore::FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>
 void FlatStore::allocate() {
   const StorageTypes& types = options_.types;
   const bool shares = value_dtype() == types.master && !options_.offload_optimizer;
+  const auto on = [](at::Device device, at::ScalarType type) {
+    return at::TensorOptions().device(device).dtype(type);
+  };
+  const at::Device device = options_.device;
+  const at::Device optimizer_device = options_.offload_optimizer ? at::kCPU : device;
+  const at::Device shard_device = options_.offload_parameters ? at::kCPU : device;
   if (options_.zero_stage < 3) {
-    full_ = at::zeros({layout_.numel}, value_dtype());
+    full_ = at::zeros({layout_.numel}, on(device, value_dtype()));
     copy_ = own_part(full_);
     make_views();
   } else {
-    copy_ = at::zeros({shard_numel_}, value_dtype());
+    copy_ = at::zeros({shard_numel_}, on(shard_device, value_dtype()));
   }
-  master_ = shares ? copy_ : at::zeros({shard_numel_}, types.master);
+  master_ = shares ? copy_ : at::zeros({shard_numel_}, on(optimizer_device, types.master));
   if (!layout_.trainable) return;
-  if (options_.zero_stage == 1) gradient_ = at::zeros({layout_.numel}, types.gradients);
-  if (options_.zero_stage >= 2) gradient_shard_ = at::zeros({shard_numel_}, types.gradients);
-  if (options_.offload_optimizer) host_gradient_ = at::zeros({shard_numel_}, types.gradients);
+  if (options_.zero_stage == 1) gradient_ = at::zeros({layout_.numel}, on(device, types.gradients));
+  if (options_.zero_stage >= 2)
+    gradient_shard_ = at::zeros({shard_numel_}, on(device, types.gradients));
+  if (options_.offload_optimizer)
+    host_gradient_ = at::zeros({shard_numel_}, on(at::kCPU, types.gradients));
+}
+
+Tensor FlatStore::empty(at::ScalarType type) const {
+  return at::empty({layout_.numel}, at::TensorOptions().device(options_.device).dtype(type));
 }
 
 Tensor FlatStore::own_part(const Tensor& full) const {
@@ -125,9 +137,12 @@ void FlatStore::initialize(uint64_t seed, const std::string& model) {
 
 void FlatStore::prefetch() {
   if (full_.defined()) return;
-  full_ = at::empty({layout_.numel}, value_dtype());
+  full_ = empty(value_dtype());
   // Offloaded values come to the device first; the gather keeps what it reads alive.
-  gather_ = options_.shard.all_gather(full_, options_.offload_parameters ? copy_.clone() : copy_);
+  gather_ = options_.shard.all_gather(
+      full_, options_.offload_parameters
+                 ? copy_.to(options_.device, copy_.scalar_type(), false, true)
+                 : copy_);
   is_gathering_ = true;
 }
 
@@ -172,7 +187,7 @@ void FlatStore::end_step() {
 
 Tensor FlatStore::take_gradient(bool is_last_pass) {
   CAPSTAN_CHECK(!finished_, "gradients of block {} finished twice", layout_.block);
-  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
+  if (!gradient_.defined()) gradient_ = empty(options_.types.gradients);
   const bool is_transient = options_.zero_stage >= 2;
   // Padding of a fresh buffer is zeroed with everything that nobody wrote.
   int64_t clean = 0;
@@ -311,7 +326,7 @@ void FlatStore::accumulate(int index, const param::AddGradient& add, param::When
 
 void FlatStore::accumulate_now(int index, const param::AddGradient& add) {
   check_open_for_gradients(index);
-  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
+  if (!gradient_.defined()) gradient_ = empty(options_.types.gradients);
   param::GradSlot slot{view(gradient_, index), !is_written_[static_cast<size_t>(index)]};
   add(slot);
   is_written_[static_cast<size_t>(index)] = true;
@@ -337,7 +352,7 @@ void FlatStore::accumulate_joined(std::span<const int> indices, const param::Add
 void FlatStore::accumulate_joined_now(std::span<const int> indices, const param::AddGradient& add) {
   CAPSTAN_CHECK(!indices.empty(), "no parameters to join");
   for (const int i : indices) check_open_for_gradients(i);
-  if (!gradient_.defined()) gradient_ = at::empty({layout_.numel}, options_.types.gradients);
+  if (!gradient_.defined()) gradient_ = empty(options_.types.gradients);
   if (is_side_by_side(indices)) {
     settle_overwrite(indices);
     param::GradSlot slot{joined_view(gradient_, indices),

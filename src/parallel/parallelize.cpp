@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "capstan/base/check.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/parallel/parallel_seams.h"
 
 namespace capstan::parallel {
@@ -151,7 +152,8 @@ std::vector<GradientBuckets::Bucket> make_sum_buckets(const plan::RankLayout& la
     }
     for (auto& [holders, sum] : by_holders) bucket.partial.push_back(std::move(sum));
     if (!shards) {
-      bucket.gradients = at::zeros({numel}, type);
+      bucket.gradients =
+          at::zeros({numel}, at::TensorOptions().device(device::run_device()).dtype(type));
       int64_t begin = 0;
       for (const int i : members) {
         const int64_t size = layout.buffers[static_cast<size_t>(i)].numel;
@@ -167,6 +169,7 @@ std::vector<GradientBuckets::Bucket> make_sum_buckets(const plan::RankLayout& la
 StoreOptions store_options(const Request& r, const plan::FlatBuffer& buffer, WeightQueue* queue) {
   const recipe::Zero& zero = recipe_of(r).zero;
   return {.types = storage_types(r.plan.precision),
+          .device = device::run_device(),
           .zero_stage = r.model.layout.options().zero_stage,
           .reshard_after_forward = zero.reshard_after_forward,
           .offload_optimizer = zero.offload != "none",

@@ -29,8 +29,9 @@ void add_to_slot(GradSlot& slot, const Tensor& gradient) {
     slot.overwrite = false;
     return;
   }
-  if (slot.buffer.scalar_type() == at::kFloat && shaped.scalar_type() == at::kBFloat16 &&
-      slot.buffer.is_contiguous() && shaped.is_contiguous()) {
+  if (slot.buffer.is_cpu() && slot.buffer.scalar_type() == at::kFloat &&
+      shaped.scalar_type() == at::kBFloat16 && slot.buffer.is_contiguous() &&
+      shaped.is_contiguous()) {
     float* const into = slot.buffer.data_ptr<float>();
     const auto* const from = static_cast<const uint16_t*>(shaped.const_data_ptr());
     at::parallel_for(0, shaped.numel(), kTaskElements, [&](int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/base/env.h"
+#include "capstan/base/gpu.h"
 #include "capstan/plan/plan.h"
 
 namespace capstan::plan {
@@ -9,10 +10,14 @@ Topology local_topology(int world_size, int local_size) {
   Topology topology;
   topology.world_size = world_size;
   topology.local_size = local_size;
-  topology.device = "cpu";
   topology.physical_cores = allowed_physical_cores();
   topology.memory_bytes = memory_limit_bytes();
   topology.fast_bf16 = cpu_has("avx512_bf16") || cpu_has("amx_bf16");
+  const GpuProbe& found = probe_gpus();
+  if (static_cast<int>(found.gpus.size()) >= local_size && local_size > 0 && has_cuda_plugin()) {
+    topology.device = "cuda";
+    topology.fast_bf16 = found.gpus.front().major >= 8;
+  }
   return topology;
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 std::vector<ChoiceKey>& table_of_choices() {
   static std::vector<ChoiceKey> table = {
-      {"run.device", {"auto", "cpu"}, {"cuda"}},
+      {"run.device", {"auto", "cpu", "cuda"}, {}},
       {"model.family", {"llama", "mixtral", "moe"}, {"qwen2", "mistral", "gpt2"}},
       {"model.experts.router", {"softmax", "sigmoid"}, {}},
       {"model.experts.auxiliary_scope", {"sequence", "global"}, {}},

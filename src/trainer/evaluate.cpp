@@ -17,7 +17,7 @@ namespace {
 void report_tokens(const data::SampleBatch& batch, const data::RowSpace& rows,
                    const at::Tensor& logprob_BT,
                    const std::function<void(const TokenScore&)>& emit) {
-  const at::Tensor scores = logprob_BT.to(at::kDouble).contiguous();
+  const at::Tensor scores = logprob_BT.cpu().to(at::kDouble).contiguous();
   const double* score = scores.data_ptr<double>();
   for (int64_t s = 0; s < batch.samples; ++s) {
     if (!batch.valid[static_cast<size_t>(s)]) continue;

@@ -220,9 +220,10 @@ void Loop::evaluate_all() {
 void Loop::save(bool wait) {
   report_save(saver_.wait(), false);
   if (last_saved_step_ != step()) {
+    const checkpoint::HostState state(engine_.state_entries());
     checkpoint::SaveRequest request{.directory = in_.run_directory / "checkpoints",
                                     .step = step(),
-                                    .state = checkpoint::blobs_of(engine_.state_entries()),
+                                    .state = state.blobs(),
                                     .recipe_identity = recipe::identity_hash(in_.plan.resolved)};
     if (is_first()) {
       request.files = {

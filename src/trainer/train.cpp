@@ -160,8 +160,10 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   mesh::Mesh mesh(world, plan.grid);
   engine::Engine engine(plan, mesh);
   if (point) {
-    std::vector<checkpoint::StateBlob> blobs = checkpoint::blobs_of(engine.state_entries());
+    const checkpoint::HostState state(engine.state_entries());
+    std::vector<checkpoint::StateBlob> blobs = state.blobs();
     (void)checkpoint::load_state(point->step, blobs);
+    state.write_back();
     engine.restore(point->scalars);
     log::info("trainer", "resumed from {}: step {}", point->step.path.string(),
               point->scalars.step);

@@ -120,7 +120,7 @@ std::vector<MicroBatch> make_batches(const plan::Plan& plan, int rank, int64_t s
 Weights copy_weights(Engine& engine) {
   Weights weights;
   for (const auto& entry : engine.state_entries())
-    if (entry.kind == "model") weights[entry.name] = entry.tensor.clone();
+    if (entry.kind == "model") weights[entry.name] = entry.tensor.cpu().clone();
   return weights;
 }
 

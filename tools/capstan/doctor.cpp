@@ -9,6 +9,7 @@
 #include "capstan/base/bytes.h"
 #include "capstan/base/env.h"
 #include "capstan/base/file.h"
+#include "capstan/base/gpu.h"
 #include "capstan/base/json.h"
 #include "program.h"
 #include "verbs.h"
@@ -34,10 +35,35 @@ Finding check_bf16() {
           fast ? "" : "precision.compute: auto trains in fp32 here; bf16 runs, slowly"};
 }
 
-Finding check_gpu() {
-  const bool driver = ::access("/dev/nvidiactl", F_OK) == 0;
-  return {"NVIDIA driver", driver ? "present" : "absent",
-          driver ? "this build computes on CPUs" : ""};
+Finding check_driver() {
+  const GpuProbe& found = probe_gpus();
+  if (found.driver_cuda == 0) return {"NVIDIA driver", found.problem, ""};
+  const bool old = found.driver_cuda < 13000;
+  return {"NVIDIA driver", "for CUDA up to " + cuda_version_text(found.driver_cuda),
+          old ? "run.device: cuda needs a driver for CUDA 13.0" : ""};
+}
+
+std::vector<Finding> check_gpus() {
+  const GpuProbe& found = probe_gpus();
+  if (found.gpus.empty()) return {{"GPUs", found.problem, ""}};
+  std::vector<Finding> findings;
+  for (size_t i = 0; i < found.gpus.size(); ++i) {
+    const Gpu& gpu = found.gpus[i];
+    const bool has_kernels = gpu.major == 8 || gpu.major == 9;
+    findings.push_back(
+        {fmt::format("GPU {}", i),
+         fmt::format("{}, {}, compute capability {}.{}, {} multiprocessors", gpu.name,
+                     format_bytes(gpu.memory_bytes), gpu.major, gpu.minor, gpu.multiprocessors),
+         has_kernels ? "" : "the CUDA plug-in has kernels for 8.x and 9.x"});
+  }
+  return findings;
+}
+
+Finding check_cuda_plugin() {
+  const bool present = has_cuda_plugin();
+  const bool wanted = !present && !probe_gpus().gpus.empty();
+  return {"CUDA plug-in", present ? cuda_plugin_path() : "not built",
+          wanted ? "cmake --preset cuda builds it; without it runs compute on CPUs" : ""};
 }
 
 Finding check_shared_memory() {
@@ -82,7 +108,9 @@ std::vector<Finding> examine() {
   findings.push_back(check_shared_memory());
   findings.push_back(
       {"disk here", format_bytes(free_disk_bytes(std::filesystem::current_path())) + " free", ""});
-  findings.push_back(check_gpu());
+  findings.push_back(check_driver());
+  for (Finding& finding : check_gpus()) findings.push_back(std::move(finding));
+  findings.push_back(check_cuda_plugin());
   findings.push_back(check_run_program());
   return findings;
 }

@@ -86,7 +86,7 @@ std::string draw(const plan::Schedule& schedule, const std::string& file) {
 }
 
 // Hosts as asked for; without flags all ranks are on this one.
-plan::Topology topology_of(const PlanOptions& options) {
+plan::Topology topology_of(const PlanOptions& options, const recipe::Run& run) {
   const int local = options.ranks_per_host.value_or(options.world);
   if (options.world % local != 0)
     throw ConfigError(ErrorText{.module = "plan",
@@ -97,6 +97,10 @@ plan::Topology topology_of(const PlanOptions& options) {
   plan::Topology topology = plan::local_topology(options.world, local);
   if (options.host_memory_gib)
     topology.memory_bytes = static_cast<int64_t>(*options.host_memory_gib * 1024 * 1024 * 1024);
+  if (run.device == "cuda") {  // planning needs no GPU here
+    topology.device = "cuda";
+    topology.fast_bf16 = true;
+  }
   return topology;
 }
 
@@ -111,7 +115,7 @@ void run_plan(const PlanOptions& options) {
   const auto recipe = recipe::load_recipe(recipe::find_recipe(options.recipe), options.overrides);
   plan::PlanInputs inputs;
   inputs.tokenizer_vocab_size = tokenizer_size(recipe.recipe);
-  const auto plan = plan::make_plan(recipe, topology_of(options), inputs);
+  const auto plan = plan::make_plan(recipe, topology_of(options, recipe.recipe.run), inputs);
   if (options.should_draw)
     fmt::print("{}", draw(plan.schedule, options.drawing));
   else

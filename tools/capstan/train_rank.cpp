@@ -9,6 +9,7 @@
 #include "capstan/base/log.h"
 #include "capstan/comm/world.h"
 #include "capstan/device/allocator.h"
+#include "capstan/device/cuda.h"
 #include "capstan/launch/rank_env.h"
 #include "capstan/trainer/stop.h"
 #include "capstan/trainer/train.h"
@@ -31,8 +32,10 @@ trainer::TrainOptions make_options(const TrainArguments& arguments, int local_si
 }
 
 int train_as_threads(const TrainArguments& arguments) {
-  return trainer::train_as_threads(make_options(arguments, arguments.nproc), arguments.nproc)
-      .exit_code;
+  trainer::TrainOptions options = make_options(arguments, arguments.nproc);
+  // Threads of one process share its CPU; a GPU belongs to a process.
+  if (options.recipe.recipe.run.device == "auto") options.recipe.recipe.run.device = "cpu";
+  return trainer::train_as_threads(options, arguments.nproc).exit_code;
 }
 
 // Beside our own and torchrun's names also those of mpirun and srun.
@@ -50,11 +53,18 @@ comm::RankEnv place_of_this_rank() {
           .store_descriptor = env.store_fd};
 }
 
+// Known before the plan is: LibTorch decides at its first op whether CUDA exists.
+bool computes_on_cuda(const recipe::Run& run, const comm::RankEnv& env) {
+  if (run.device != "auto") return run.device == "cuda";
+  return plan::local_topology(env.size, env.local_size).device == "cuda";
+}
+
 int train_as_process(const TrainArguments& arguments) {
   const comm::RankEnv env = place_of_this_rank();
   if (env.size > 1) log::set_thread_rank(env.rank);
   device::set_default_rank(env.rank);
   const trainer::TrainOptions options = make_options(arguments, env.local_size);
+  if (computes_on_cuda(options.recipe.recipe.run, env)) device::start_cuda(env.local_rank);
   comm::World world(env, options.recipe.recipe.run.start_timeout_s);
   const trainer::TrainResult result = trainer::train(options, world.communicator());
   world.close();

@@ -16,8 +16,20 @@
 
 namespace capstan::checkpoint {
 
-// Blobs over the live storage of the entries: valid while their tensors are.
+// Blobs over the live storage of the entries, which is on the CPU: valid while their tensors are.
 [[nodiscard]] std::vector<StateBlob> blobs_of(const std::vector<mesh::StateEntry>& entries);
+
+// The same for entries on any device: what is not on the CPU has a copy here.
+class HostState {
+ public:
+  explicit HostState(std::vector<mesh::StateEntry> entries);
+  [[nodiscard]] std::vector<StateBlob> blobs() const { return blobs_of(on_host_); }
+  // After the blobs were written to: copies them to where the entries live.
+  void write_back() const;
+
+ private:
+  std::vector<mesh::StateEntry> entries_, on_host_;
+};
 
 // A commit group over a communicator of its own (saving in the background must not share one with
 // the step).

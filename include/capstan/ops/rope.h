@@ -10,15 +10,16 @@ namespace capstan::ops {
 struct RopeTable {
   Tensor cos, sin;  // [length, H/2]; fp64 for fp64, else fp32; read-only
 };
-// Made once per (theta, head size, dtype) and kept for the process, at least `length` long (grown
-// by doubling). Thread-safe.
+// Made once per (theta, head size, dtype, device) and kept for the process, at least `length` long
+// (grown by doubling). Thread-safe.
 [[nodiscard]] RopeTable rope_table(double theta, int64_t head_size, int64_t length,
-                                   at::ScalarType dtype);
+                                   at::ScalarType dtype, at::Device device = at::kCPU);
 
 struct RopeSpec {
   double theta = 10000.0;
   int64_t head_size = 0;
-  int64_t heads = 0;  // the first `heads` heads of a row are turned (q and k; not v)
+  int64_t heads = 0;   // the first `heads` heads of a row are turned (q and k; not v)
+  int64_t length = 0;  // positions lie below it; needed where they are not on the CPU
 };
 
 // Turns heads of x [B, T, X] by positions_BT (int64); undefined positions: every row is 0 .. T-1.

@@ -22,8 +22,8 @@ struct AdamWStep {
   int64_t count = 1;          // number of this update, from 1 (bias correction)
 };
 
-// 1-d contiguous tensors of equal length on the CPU. weights and moments: fp32 or fp64. gradient:
-// that dtype, or bf16 beside fp32. copy: bf16 or fp16 beside fp32, or undefined.
+// 1-d contiguous tensors of equal length, on one device. weights and moments: fp32 or fp64.
+// gradient: that dtype, or bf16 beside fp32. copy: bf16 or fp16 beside fp32, or undefined.
 struct AdamWTensors {
   Tensor weights, gradient, first, second, copy;
 };

@@ -43,6 +43,7 @@ struct WeightQueue {
 
 struct StoreOptions {
   StorageTypes types;
+  at::Device device = at::kCPU;
   int zero_stage = 0;
   bool reshard_after_forward = true;  // stage 3: false keeps values from first use to end of step
   bool offload_optimizer = false;     // master, moments and the gradient they read: host memory
@@ -120,6 +121,7 @@ class FlatStore final : public param::ParamStore {
   void make_views();
   void drop_full();
   void wait_for_gather();
+  [[nodiscard]] Tensor empty(at::ScalarType type) const;  // [numel], on the device
   [[nodiscard]] Tensor own_part(const Tensor& full) const;
   [[nodiscard]] Tensor view(const Tensor& flat, int index) const;
   [[nodiscard]] bool is_side_by_side(std::span<const int> indices) const;

@@ -1,0 +1,33 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// The GPUs of this machine as the NVIDIA driver tells of them, found without CUDA and without
+// LibTorch: the driver's library is opened when first asked.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace capstan {
+
+struct Gpu {
+  std::string name;          // "NVIDIA H100 80GB HBM3"
+  int64_t memory_bytes = 0;  // of the device
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+};
+
+struct GpuProbe {
+  std::vector<Gpu> gpus;  // those that CUDA_VISIBLE_DEVICES leaves
+  int driver_cuda = 0;    // newest CUDA the driver runs: 13000 for 13.0; 0 without a driver
+  std::string problem;    // why there are none, empty otherwise
+};
+
+// Looks once per process. Never throws. Thread-safe.
+[[nodiscard]] const GpuProbe& probe_gpus();
+// libcapstan_cuda.so beside this library: what a run on GPUs opens. The file may be absent.
+[[nodiscard]] std::string cuda_plugin_path();
+[[nodiscard]] bool has_cuda_plugin();
+// "13.0"
+[[nodiscard]] std::string cuda_version_text(int version);
+
+}  // namespace capstan
