@@ -1,0 +1,23 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// All launchers as function pointers: code that does not link CUDA holds an Api, tests pass their
+// own. docs/design/kernels.md describes the kernels.
+#pragma once
+#include "capstan/kernels/copy.h"
+#include "capstan/kernels/norm.h"
+
+namespace capstan::kernels {
+
+template <class Args>
+using Launcher = void (*)(const Args& args, Stream stream);
+
+struct Api {
+  Launcher<CopyArgs> copy;
+  Launcher<NormForwardArgs> rms_norm_forward, layer_norm_forward;
+  Launcher<NormBackwardArgs> rms_norm_backward, layer_norm_backward;
+};
+
+// In the CUDA library alone.
+[[nodiscard]] const Api& cuda_api();
+
+}  // namespace capstan::kernels
