@@ -12,6 +12,16 @@ inline constexpr Api kLinkedApi{
     .layer_norm_forward = layer_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .layer_norm_backward = layer_norm_backward,
+    .rope = rope,
+    .activation_forward = activation_forward,
+    .activation_backward = activation_backward,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .cross_entropy = cross_entropy,
+    .logit_stats = logit_stats,
+    .rescale_sums = rescale_sums,
+    .finish_stats = finish_stats,
+    .logit_gradient = logit_gradient,
 };
 
 }  // namespace capstan::kernels

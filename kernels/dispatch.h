@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a dtype at run time to a type: visit(Tag<T>{}).
 #pragma once
+#include <type_traits>
+
 #include "capstan/base/dtype.h"
 #include "check.h"
 #include "numbers.cuh"
@@ -13,7 +15,7 @@ struct Tag {
   using Type = T;
 };
 template <class T>
-using TypeOf = typename T::Type;
+using TypeOf = typename std::remove_reference_t<T>::Type;
 
 template <class Visit>
 void with_float(const char* kernel, DType dtype, const Visit& visit) {

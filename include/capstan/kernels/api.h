@@ -3,8 +3,12 @@
 // All launchers as function pointers: code that does not link CUDA holds an Api, tests pass their
 // own. docs/design/kernels.md describes the kernels.
 #pragma once
+#include "capstan/kernels/activation.h"
 #include "capstan/kernels/copy.h"
+#include "capstan/kernels/cross_entropy.h"
+#include "capstan/kernels/embedding.h"
 #include "capstan/kernels/norm.h"
+#include "capstan/kernels/rope.h"
 
 namespace capstan::kernels {
 
@@ -15,6 +19,15 @@ struct Api {
   Launcher<CopyArgs> copy;
   Launcher<NormForwardArgs> rms_norm_forward, layer_norm_forward;
   Launcher<NormBackwardArgs> rms_norm_backward, layer_norm_backward;
+  Launcher<RopeArgs> rope;
+  Launcher<ActivationArgs> activation_forward, activation_backward;
+  Launcher<EmbeddingForwardArgs> embedding_forward;
+  Launcher<EmbeddingBackwardArgs> embedding_backward;
+  Launcher<CrossEntropyArgs> cross_entropy;
+  Launcher<LogitStatsArgs> logit_stats;
+  Launcher<RescaleSumsArgs> rescale_sums;
+  Launcher<FinishStatsArgs> finish_stats;
+  Launcher<LogitGradientArgs> logit_gradient;
 };
 
 // In the CUDA library alone.
