@@ -124,7 +124,7 @@ void dispatch(const char* name, const ActivationArgs& args, Stream stream) {
 }  // namespace
 
 void activation_forward(const ActivationArgs& args, Stream stream) {
-  CAPSTAN_CHECK(args.grad == nullptr, "activation_forward: grad is set");
+  require(args.grad == nullptr, "activation_forward", "a gradient");
   dispatch("activation_forward", args, stream);
 }
 

@@ -22,6 +22,11 @@ inline constexpr Api kLinkedApi{
     .rescale_sums = rescale_sums,
     .finish_stats = finish_stats,
     .logit_gradient = logit_gradient,
+    .adamw = adamw,
+    .lion = lion,
+    .squared_norm = squared_norm,
+    .decide_step = decide_step,
+    .fill_normal = fill_normal,
 };
 
 }  // namespace capstan::kernels

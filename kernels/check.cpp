@@ -2,9 +2,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "check.h"
 
+#include <string>
+
+#include "capstan/base/check.h"
 #include "capstan/base/error.h"
 
 namespace capstan::kernels {
+
+void require(bool is_met, const char* kernel, const char* text,
+             std::initializer_list<int64_t> numbers) {
+  if (is_met) return;
+  std::string got = text;
+  for (const int64_t number : numbers)
+    if (const auto at = got.find("{}"); at != std::string::npos)
+      got.replace(at, 2, std::to_string(number));
+  throw InternalError(ErrorText{.module = "kernels",
+                                .what = std::string("launching ") + kernel,
+                                .got = got,
+                                .need = {},
+                                .why = {},
+                                .fix = {}});
+}
 
 void check_present(const char* kernel, std::initializer_list<NamedPointer> pointers) {
   for (const auto& p : pointers)
@@ -17,11 +35,14 @@ bool are_aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-void throw_bad_dtype(const char* kernel, DType dtype) {
+void throw_bad_dtype(const char* kernel, std::initializer_list<DType> dtypes) {
+  std::string names;
+  for (const DType dtype : dtypes)
+    names += (names.empty() ? "" : ", ") + std::string(name_of(dtype));
   throw InternalError(ErrorText{.module = "kernels",
                                 .what = std::string("launching ") + kernel,
-                                .got = std::string(name_of(dtype)),
-                                .need = "a dtype that the kernel has",
+                                .got = names,
+                                .need = "dtypes that the kernel has",
                                 .why = {},
                                 .fix = {}});
 }

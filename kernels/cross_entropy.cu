@@ -163,8 +163,7 @@ bool check_rows(const char* name, const LogitRows& a) {
   if (a.rows == 0) return false;
   check_present(name, {{"targets", a.targets}});
   if (a.columns > 0) check_present(name, {{"logits", a.logits}});
-  CAPSTAN_CHECK(a.columns <= a.row_stride, "{}: {} columns in rows of {}", name, a.columns,
-                a.row_stride);
+  require(a.columns <= a.row_stride, name, "{} columns in rows of {}", {a.columns, a.row_stride});
   return true;
 }
 
@@ -178,7 +177,7 @@ template <class Visit>
 void with_wide(const char* name, DType dtype, const Visit& visit) {
   if (dtype == DType::kFp32) return visit(Tag<float>{});
   if (dtype == DType::kFp64) return visit(Tag<double>{});
-  throw_bad_dtype(name, dtype);
+  throw_bad_dtype(name, {dtype});
 }
 
 }  // namespace
@@ -204,8 +203,9 @@ void logit_gradient(const LogitGradientArgs& args, Stream stream) {
 void cross_entropy(const CrossEntropyArgs& args, Stream stream) {
   if (!check_rows("cross_entropy", args.logits)) return;
   check_present("cross_entropy", {{"logprob", args.logprob}});
-  CAPSTAN_CHECK(args.logits.columns > 0 && args.logits.first_column == 0,
-                "cross_entropy: needs the whole vocabulary");
+  require(args.logits.columns > 0 && args.logits.first_column == 0, "cross_entropy",
+          "{} columns from {}, not the whole vocabulary",
+          {args.logits.columns, args.logits.first_column});
   with_float("cross_entropy", args.logits.dtype, [&](auto tag) {
     using T = TypeOf<decltype(tag)>;
     launch("cross_entropy", shape_of<T>(args.logits), stream, fused_kernel<T>, args);

@@ -27,7 +27,7 @@ void with_float(const char* kernel, DType dtype, const Visit& visit) {
     case DType::kFp64:
       return visit(Tag<double>{});
     default:
-      throw_bad_dtype(kernel, dtype);
+      throw_bad_dtype(kernel, {dtype});
   }
 }
 

@@ -157,7 +157,7 @@ void with_pair(const char* name, DType from, DType to, const Visit& visit) {
       if constexpr ((sizeof(TypeOf<decltype(f)>) == 8) == (sizeof(TypeOf<decltype(t)>) == 8))
         visit(f, t);
       else
-        throw_bad_dtype(name, to);
+        throw_bad_dtype(name, {from, to});
     });
   });
 }
@@ -230,7 +230,7 @@ void embedding_backward(const EmbeddingBackwardArgs& args, Stream stream) {
                                        {"ids", args.ids},
                                        {"buffer", args.buffer},
                                        {"workspace", args.workspace}});
-  CAPSTAN_CHECK(s.rows < INT32_MAX, "embedding_backward: {} rows", s.rows);
+  require(s.rows < INT32_MAX, "embedding_backward", "{} rows", {s.rows});
   const int64_t pass = tokens_per_pass(s.tokens);
   for (int64_t done = 0; done < s.tokens; done += pass)
     backward_pass(args, done, std::min(pass, s.tokens - done), stream);

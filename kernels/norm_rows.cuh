@@ -254,8 +254,7 @@ void with_norm_types(const char* kernel, const NormTypes& t, const Visit& visit)
   if (is(k16, k16, k16)) return visit(Tag<Bf16>{}, Tag<Bf16>{}, Tag<Bf16>{});
   if (is(k16, k16, k32)) return visit(Tag<Bf16>{}, Tag<Bf16>{}, Tag<float>{});
   if (is(k64, k64, k64)) return visit(Tag<double>{}, Tag<double>{}, Tag<double>{});
-  CAPSTAN_CHECK(false, "{}: residual {}, compute {}, weight {}", kernel, name_of(t.residual),
-                name_of(t.compute), name_of(t.weight));
+  throw_bad_dtype(kernel, {t.residual, t.compute, t.weight});
 }
 
 template <bool kCentered>
@@ -268,7 +267,7 @@ void launch_forward(const char* name, const NormForwardArgs& a, Stream stream) {
     const bool aligned =
         are_aligned({a.residual, a.hidden, a.weight, a.bias, a.sum, a.normed});
     const RowShape s = row_shape(a.shape.width, kN, aligned);
-    CAPSTAN_CHECK(s.chunks > 0, "{}: rows of {} elements", name, a.shape.width);
+    require(s.chunks > 0, name, "rows of {} elements", {a.shape.width});
     const LaunchShape shape{(a.shape.rows + s.rows_per_block - 1) / s.rows_per_block, s.threads(),
                             0};
     const auto run = [&](auto* kernel) { launch(name, shape, stream, kernel, a, s); };
@@ -302,7 +301,7 @@ void launch_backward(const char* name, const NormBackwardArgs& a, Stream stream)
     const bool aligned =
         are_aligned({a.x, a.weight, a.grad, a.grad_residual, a.dx, a.d_hidden});
     const RowShape s = row_shape(a.shape.width, kN, aligned);
-    CAPSTAN_CHECK(s.chunks > 0, "{}: rows of {} elements", name, a.shape.width);
+    require(s.chunks > 0, name, "rows of {} elements", {a.shape.width});
     const auto shared = static_cast<int64_t>(sizeof(A)) * (s.rows_per_block - 1) * a.shape.width;
     const LaunchShape shape{groups.groups, s.threads(), shared};
     const auto run = [&](auto* kernel) { launch(name, shape, stream, kernel, a, s, groups); };

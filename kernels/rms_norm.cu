@@ -17,7 +17,7 @@ void rms_norm_forward(const NormForwardArgs& args, Stream stream) {
                                      {"normed", args.normed},
                                      {"rstd", args.rstd}});
   if (args.hidden) check_present("rms_norm_forward", {{"sum", args.sum}});
-  CAPSTAN_CHECK(args.bias == nullptr, "rms_norm_forward: RMSNorm has no bias");
+  require(args.bias == nullptr, "rms_norm_forward", "a bias, which RMSNorm has not");
   launch_forward<false>("rms_norm_forward", args, stream);
 }
 
@@ -30,8 +30,8 @@ void rms_norm_backward(const NormBackwardArgs& args, Stream stream) {
                                       {"grad", args.grad},
                                       {"dx", args.dx}});
   if (args.grad_weight) check_present("rms_norm_backward", {{"partial", args.partial}});
-  CAPSTAN_CHECK(args.grad_bias == nullptr && args.mean == nullptr,
-                "rms_norm_backward: RMSNorm has no bias and no mean");
+  require(args.grad_bias == nullptr && args.mean == nullptr, "rms_norm_backward",
+          "a bias or mean, which RMSNorm has not");
   launch_backward<false>("rms_norm_backward", args, stream);
 }
 

@@ -43,9 +43,9 @@ void rope(const RopeArgs& args, Stream stream) {
   check_sizes("rope", {args.rows, args.row_stride, args.heads, args.head_size});
   if (args.rows == 0 || args.heads == 0) return;
   check_present("rope", {{"x", args.x}, {"cos", args.cos}, {"sin", args.sin}});
-  CAPSTAN_CHECK(args.head_size > 0 && args.head_size % 2 == 0 &&
-                    args.heads * args.head_size <= args.row_stride && args.rows_per_sample > 0,
-                "rope: {} heads of {} in rows of {}", args.heads, args.head_size, args.row_stride);
+  require(args.head_size > 0 && args.head_size % 2 == 0 &&
+              args.heads * args.head_size <= args.row_stride && args.rows_per_sample > 0,
+          "rope", "{} heads of {} in rows of {}", {args.heads, args.head_size, args.row_stride});
   with_float("rope", args.dtype, [&](auto tag) {
     using T = TypeOf<decltype(tag)>;
     constexpr int kN = kVector<T>;

@@ -7,7 +7,9 @@
 #include "capstan/kernels/copy.h"
 #include "capstan/kernels/cross_entropy.h"
 #include "capstan/kernels/embedding.h"
+#include "capstan/kernels/init.h"
 #include "capstan/kernels/norm.h"
+#include "capstan/kernels/optimizer.h"
 #include "capstan/kernels/rope.h"
 
 namespace capstan::kernels {
@@ -28,6 +30,10 @@ struct Api {
   Launcher<RescaleSumsArgs> rescale_sums;
   Launcher<FinishStatsArgs> finish_stats;
   Launcher<LogitGradientArgs> logit_gradient;
+  Launcher<OptimizerArgs> adamw, lion;
+  Launcher<SquaredNormArgs> squared_norm;
+  Launcher<DecideStepArgs> decide_step;
+  Launcher<FillNormalArgs> fill_normal;
 };
 
 // In the CUDA library alone.

@@ -1,0 +1,91 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// AdamW and Lion on flat buffers, the gradient norm, and the state of a step that lives on the
+// device so that the host never waits for it. Matches src/optim/adamw.cpp, src/optim/grad_norm.cpp.
+#pragma once
+#include <span>
+#include <vector>
+
+#include "capstan/kernels/stream.h"
+
+namespace capstan::kernels {
+
+// In device memory. The host writes lr and the zeros at the start; decide_step writes the rest.
+struct StepState {
+  double lr = 0;
+  double gradient_scale = 1;  // clip factor / loss scale
+  double norm = 0;            // of the true gradient
+  int64_t count = 0;          // updates so far; bias correction uses the number of this one
+  int32_t skip = 0;           // 1: optimizers do nothing
+  int32_t padding = 0;
+};
+
+// A piece of a flat buffer, so small that a block takes one. In device memory, made once.
+struct Tile {
+  int64_t begin = 0;
+  int32_t count = 0;
+  int32_t flags = 0;  // kDecay, kCounted
+};
+inline constexpr int32_t kDecay = 1, kCounted = 2;
+struct FlatRange {
+  int64_t begin = 0, end = 0;
+  int32_t flags = 0;
+};
+inline constexpr int64_t kTileElements = 4096;
+// Cuts ranges at multiples of kTileElements. On the host.
+[[nodiscard]] std::vector<Tile> cut_tiles(std::span<const FlatRange> ranges);
+
+// With b1, b2 = beta1, beta2, t = count, g = gradient_scale x gradient:
+//   AdamW: w <- w (1 - lr decay); m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2;
+//          w <- w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+//   Lion:  w <- w (1 - lr decay) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g
+// bf16 moments are rounded stochastically by bits that depend on (seed, count, first_index + i).
+// Bytes per element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10.
+struct OptimizerTypes {
+  DType weights = DType::kFp32;   // or fp64
+  DType gradient = DType::kFp32;  // that of the weights, or bf16 beside fp32
+  DType moments = DType::kFp32;   // that of the weights, or bf16 beside fp32
+};
+struct OptimizerArgs {
+  OptimizerTypes types;
+  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  uint64_t seed = 0, first_index = 0;  // index of element 0 in the whole tensor
+  const StepState* state = nullptr;
+  const Tile* tiles = nullptr;
+  int64_t tile_count = 0;
+  void* weights = nullptr;
+  const void* gradient = nullptr;
+  void* first = nullptr;
+  void* second = nullptr;  // AdamW only
+  void* copy = nullptr;    // bf16 beside fp32 weights, or null
+};
+void adamw(const OptimizerArgs& args, Stream stream);
+void lion(const OptimizerArgs& args, Stream stream);
+
+// sum = sum of squares of the tiles flagged kCounted, in fp64 and in a fixed order; non_finite is 1
+// if any tile holds an infinity or NaN, else 0. Several buffers: `add` from the second one on.
+// Bytes per element: one read.
+struct SquaredNormArgs {
+  DType dtype = DType::kFp32;
+  const void* values = nullptr;
+  const Tile* tiles = nullptr;
+  int64_t tile_count = 0;
+  double* partial = nullptr;  // [tile_count] work space
+  double* sum = nullptr;
+  int32_t* non_finite = nullptr;
+  bool add = false;
+};
+void squared_norm(const SquaredNormArgs& args, Stream stream);
+
+// After sum and non_finite are reduced over ranks. norm = sqrt(sum) inverse_loss_scale; the clip
+// factor is min(1, max_norm / (norm + 1e-6)), or 1 when max_norm is 0. A non-finite step is skipped
+// and not counted.
+struct DecideStepArgs {
+  const double* sum = nullptr;
+  const int32_t* non_finite = nullptr;
+  double max_norm = 0, inverse_loss_scale = 1;
+  StepState* state = nullptr;
+};
+void decide_step(const DecideStepArgs& args, Stream stream);
+
+}  // namespace capstan::kernels
