@@ -27,6 +27,9 @@ inline constexpr Api kLinkedApi{
     .squared_norm = squared_norm,
     .decide_step = decide_step,
     .fill_normal = fill_normal,
+    .norm_partial_rows = norm_partial_rows,
+    .embedding_workspace_bytes = embedding_workspace_bytes,
+    .cut_tiles = cut_tiles,
 };
 
 }  // namespace capstan::kernels

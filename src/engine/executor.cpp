@@ -92,7 +92,7 @@ Tensor Executor::boundary_like(const param::Context& context, const Tensor& ids_
                    ids_BT.options().dtype(parallel::scalar_type_of(plan_.precision.residual)));
 }
 
-double Executor::run(const StepWork& work, const std::function<void(double)>& finish) {
+void Executor::run(const StepWork& work, const std::function<void(double)>& finish) {
   loss_ = Tensor();
   next_pass_ = 0;
   in_flight_.clear();  // a step that threw may have left something
@@ -108,7 +108,6 @@ double Executor::run(const StepWork& work, const std::function<void(double)>& fi
     sends_.clear();
     finish(read_loss());
   }
-  return read_loss();
 }
 
 // Waits for the device: once a step.

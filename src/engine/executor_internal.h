@@ -33,7 +33,7 @@ class Executor {
   // Forward and backward of all micro-batches; gradients are being summed when it returns. Returns
   // this rank's part of the step's loss, without loss scale. Calls finish at the plan's step
   // instruction.
-  double run(const StepWork& work, const std::function<void(double loss)>& finish);
+  void run(const StepWork& work, const std::function<void(double loss)>& finish);
 
   // Without graph, through all stages. Results are undefined on ranks without the last stage.
   // Collective over: pp (and the axes of the seams).

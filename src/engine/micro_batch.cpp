@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "capstan/base/error.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/parallel/context_split.h"
 #include "engine/micro_batch_internal.h"
 
@@ -86,7 +87,12 @@ void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size) {
 
 MicroBatch to_device(const MicroBatch& batch, at::Device device) {
   if (device.is_cpu()) return batch;
-  const auto moved = [&](const Tensor& x) { return x.defined() ? x.to(device) : x; };
+  // From pinned memory the copy is queued like a kernel and the host goes on.
+  const auto moved = [&](const Tensor& x) {
+    if (!x.defined()) return x;
+    const Tensor pinned = device::accelerator()->empty_pinned(x.sizes(), x.scalar_type());
+    return pinned.copy_(x).to(device, x.scalar_type(), /*non_blocking=*/true);
+  };
   MicroBatch on_device{moved(batch.ids_BT), moved(batch.targets_BT), batch.rows};
   on_device.rows.positions_BT = moved(batch.rows.positions_BT);
   on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);

@@ -40,7 +40,8 @@ AttentionGrads libtorch_backward(const Call& call, const Tensor& grad,
 }  // namespace
 
 Form choose(const Tensor& q, const Tensor& k, const AttentionMask& mask) {
-  if (path_of(q) == Path::kReference) return Form::kReference;
+  if (q.is_cuda() && path() == Path::kFused && flash_takes(q, k, mask)) return Form::kFlash;
+  if (path_of(q) != Path::kFused) return Form::kReference;
   if (cpu::element_of(q.scalar_type())) return Form::kKernel;
   return is_plain_causal(q, k, mask) ? Form::kLibTorch : Form::kReference;
 }
@@ -53,6 +54,8 @@ AttentionParts forward(Form form, const Call& call) {
       return libtorch_forward(call);
     case Form::kKernel:
       return kernel_forward(call);
+    case Form::kFlash:
+      return flash_forward(call);
   }
   CAPSTAN_CHECK(false, "unknown form of attention");
 }
@@ -61,6 +64,7 @@ void backward(Form form, const Call& call, const Tensor& grad, const AttentionPa
               const AttentionGrads& into) {
   if (form == Form::kKernel) return kernel_backward(call, grad, parts, into);
   const AttentionGrads g = form == Form::kLibTorch ? libtorch_backward(call, grad, parts)
+                           : form == Form::kFlash  ? flash_backward(call, grad, parts)
                                                    : reference_backward(call, grad, parts);
   into.q_BTNH.copy_(g.q_BTNH);
   into.k_BSKH.copy_(g.k_BSKH);

@@ -1,16 +1,16 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// The three forms of attention: plain math (every dtype and mask), LibTorch's flash kernel (joined
-// causal rows), our kernel.
+// The forms of attention: plain math (every dtype, mask and device), LibTorch's flash kernels of
+// CPUs and GPUs (joined causal rows), our kernel.
 #pragma once
 #include "capstan/ops/attention.h"
 
 namespace capstan::ops::attention_forms {
 
-enum class Form { kReference, kLibTorch, kKernel };
+enum class Form { kReference, kLibTorch, kKernel, kFlash };
 
-// What runs: the reference when asked for; our kernel for fp32, bf16, fp64; else LibTorch's where
-// it can.
+// What runs: the reference when asked for; on CPUs our kernel for fp32, bf16, fp64, else LibTorch's
+// where it can; on GPUs FlashAttention for bf16 and fp16 rows without documents.
 [[nodiscard]] Form choose(const Tensor& q_BTNH, const Tensor& k_BSKH, const AttentionMask& mask);
 
 struct Call {
@@ -25,6 +25,11 @@ void backward(Form form, const Call& call, const Tensor& grad_BTNH, const Attent
 [[nodiscard]] AttentionParts reference_forward(const Call& call);
 [[nodiscard]] AttentionGrads reference_backward(const Call& call, const Tensor& grad_BTNH,
                                                 const AttentionParts& parts);
+[[nodiscard]] bool flash_takes(const Tensor& q_BTNH, const Tensor& k_BSKH,
+                               const AttentionMask& mask);
+[[nodiscard]] AttentionParts flash_forward(const Call& call);
+[[nodiscard]] AttentionGrads flash_backward(const Call& call, const Tensor& grad_BTNH,
+                                            const AttentionParts& parts);
 [[nodiscard]] AttentionParts kernel_forward(const Call& call);
 void kernel_backward(const Call& call, const Tensor& grad_BTNH, const AttentionParts& parts,
                      const AttentionGrads& into);

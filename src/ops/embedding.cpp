@@ -10,7 +10,9 @@
 
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
+#include "capstan/ops/path.h"
 #include "ops/cpu/dtypes.h"
+#include "ops/on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -122,9 +124,44 @@ void scatter_by_aten(const Tensor& grad, const Tensor& ids, Rows rows, const Ten
   buffer.index_add_(0, local.row_N, grad_ND * local.here_N1);
 }
 
+kernels::EmbeddingShape device_shape(const Tensor& ids, Rows rows, int64_t width) {
+  return {.tokens = ids.numel(), .width = width, .first_row = rows.begin, .rows = rows.count};
+}
+
+Tensor gather_on_device(const Tensor& table, const Tensor& ids, Rows rows,
+                        at::ScalarType residual) {
+  std::vector<int64_t> sizes = ids.sizes().vec();
+  sizes.push_back(table.size(1));
+  const Tensor out = at::empty(sizes, table.options().dtype(residual));
+  device_kernels()->embedding_forward({.table_dtype = *on_device::dtype_of(table),
+                                       .out_dtype = *on_device::dtype_of(residual),
+                                       .shape = device_shape(ids, rows, table.size(1)),
+                                       .table = table.const_data_ptr(),
+                                       .ids = ids.const_data_ptr<int64_t>(),
+                                       .out = out.mutable_data_ptr()},
+                                      on_device::stream());
+  return out;
+}
+
+void scatter_on_device(const Tensor& grad, const Tensor& ids, Rows rows, const Tensor& buffer) {
+  const auto shape = device_shape(ids, rows, buffer.size(1));
+  const auto bytes = static_cast<int64_t>(device_kernels()->embedding_workspace_bytes(shape));
+  const Tensor workspace = at::empty({bytes}, buffer.options().dtype(at::kByte));
+  device_kernels()->embedding_backward({.grad_dtype = *on_device::dtype_of(grad),
+                                        .buffer_dtype = *on_device::dtype_of(buffer),
+                                        .shape = shape,
+                                        .grad = grad.const_data_ptr(),
+                                        .ids = ids.const_data_ptr<int64_t>(),
+                                        .buffer = buffer.mutable_data_ptr(),
+                                        .workspace = workspace.mutable_data_ptr()},
+                                       on_device::stream());
+}
+
 void add_rows(param::GradSlot& slot, const Tensor& grad, const Tensor& ids, Rows rows) {
   if (slot.overwrite) slot.buffer.zero_();
   slot.overwrite = false;
+  const Path form = path_of(slot.buffer);
+  if (form == Path::kDevice) return scatter_on_device(grad, ids, rows, slot.buffer);
   if (!grad.is_cpu()) return scatter_by_aten(grad, ids, rows, slot.buffer);
   CAPSTAN_CHECK(slot.buffer.is_contiguous(), "embedding: gradient buffer is not contiguous");
   with_types(grad.scalar_type(), slot.buffer.scalar_type(), [&](auto from, auto to) {
@@ -134,6 +171,8 @@ void add_rows(param::GradSlot& slot, const Tensor& grad, const Tensor& ids, Rows
 
 Tensor look_up(const Tensor& ids, const Tensor& weight_VD, Rows rows, at::ScalarType residual) {
   at::NoGradGuard no_grad;
+  if (path_of(weight_VD) == Path::kDevice && on_device::dtype_of(residual))
+    return gather_on_device(weight_VD, ids, rows, residual);
   if (!weight_VD.is_cpu()) return gather_by_aten(weight_VD, ids, rows, residual);
   std::vector<int64_t> sizes = ids.sizes().vec();
   sizes.push_back(weight_VD.size(1));

@@ -13,6 +13,7 @@
 #include "ops/cpu/cross_entropy_kernels.h"
 #include "ops/cpu/dtypes.h"
 #include "ops/logits_internal.h"
+#include "ops/on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -67,6 +68,20 @@ void gradient_reference(const Tensor& logits, const Tensor& lse, const Tensor& t
   logits.copy_(d * scale.unsqueeze(1));
 }
 
+bool is_on_device(const Tensor& logits) {
+  return path_of(logits) == Path::kDevice && logits.stride(1) == 1;
+}
+
+kernels::LogitRows device_rows(const Tensor& logits, const Tensor& targets, int64_t first) {
+  return {.dtype = *on_device::dtype_of(logits),
+          .logits = logits.data_ptr(),
+          .rows = logits.size(0),
+          .columns = logits.size(1),
+          .row_stride = logits.stride(0),
+          .first_column = first,
+          .targets = targets.const_data_ptr<int64_t>()};
+}
+
 }  // namespace
 
 at::ScalarType wide_dtype_of(const Tensor& x) {
@@ -75,10 +90,19 @@ at::ScalarType wide_dtype_of(const Tensor& x) {
 
 LogitStats logit_stats(const Tensor& logits, const Tensor& targets, int64_t first) {
   at::NoGradGuard no_grad;
-  if (!takes_kernel(logits)) return stats_reference(logits, targets, first);
+  const bool device_form = is_on_device(logits);
+  if (!device_form && !takes_kernel(logits)) return stats_reference(logits, targets, first);
   const auto options = logits.options().dtype(wide_dtype_of(logits));
   const LogitStats out{at::empty({logits.size(0)}, options), at::empty({logits.size(0)}, options),
                        at::empty({logits.size(0)}, options)};
+  if (device_form) {
+    device_kernels()->logit_stats({.logits = device_rows(logits, targets, first),
+                                   .top = out.top_N.data_ptr(),
+                                   .sum = out.sum_N.data_ptr(),
+                                   .picked = out.picked_N.data_ptr()},
+                                  on_device::stream());
+    return out;
+  }
   auto args = arguments(logits, targets, first);
   args.top = out.top_N.data_ptr();
   args.sum = out.sum_N.data_ptr();
@@ -90,10 +114,17 @@ LogitStats logit_stats(const Tensor& logits, const Tensor& targets, int64_t firs
 void logits_to_gradient_(const Tensor& logits, const Tensor& lse, const Tensor& targets,
                          const Tensor& weights, int64_t first) {
   at::NoGradGuard no_grad;
-  if (!takes_kernel(logits)) return gradient_reference(logits, lse, targets, weights, first);
+  const bool device_form = is_on_device(logits);
+  if (!device_form && !takes_kernel(logits))
+    return gradient_reference(logits, lse, targets, weights, first);
   const auto wide = wide_dtype_of(logits);
   CAPSTAN_CHECK(lse.scalar_type() == wide && weights.scalar_type() == wide,
                 "logits_to_gradient_: lse and weights must be in the wide dtype");
+  if (device_form)
+    return device_kernels()->logit_gradient({.logits = device_rows(logits, targets, first),
+                                             .lse = lse.const_data_ptr(),
+                                             .weights = weights.const_data_ptr()},
+                                            on_device::stream());
   auto args = arguments(logits, targets, first);
   args.lse = lse.const_data_ptr();
   args.weights = weights.const_data_ptr();
@@ -103,6 +134,12 @@ void logits_to_gradient_(const Tensor& logits, const Tensor& lse, const Tensor& 
 void cross_entropy_(const Tensor& logits, const Tensor& targets, const Tensor& weights,
                     const Tensor& logprob) {
   at::NoGradGuard no_grad;
+  if (is_on_device(logits))
+    return device_kernels()->cross_entropy(
+        {.logits = device_rows(logits, targets, 0),
+         .weights = weights.defined() ? weights.const_data_ptr() : nullptr,
+         .logprob = logprob.data_ptr()},
+        on_device::stream());
   if (takes_kernel(logits)) {
     auto args = arguments(logits, targets, 0);
     args.weights = weights.defined() ? weights.const_data_ptr() : nullptr;

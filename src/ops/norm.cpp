@@ -11,6 +11,7 @@
 #include "capstan/ops/path.h"
 #include "ops/cpu/dtypes.h"
 #include "ops/cpu/norm_kernels.h"
+#include "ops/on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -127,18 +128,79 @@ Tensors backward_fused(const Tensor& x, const Tensor& rstd, Tensor grad_residual
   return {dx, two_dtypes ? d_hidden : dx};
 }
 
+kernels::NormTypes device_types(const NormCall& call, const Tensor& weight) {
+  return {*on_device::dtype_of(call.residual_dtype), *on_device::dtype_of(call.compute_dtype),
+          *on_device::dtype_of(weight)};
+}
+
+NormForward forward_on_device(const Tensor& residual_in, const Tensor& hidden_in,
+                              const NormCall& call) {
+  const Tensor residual = residual_in.contiguous(), weight = call.weight.value();
+  const Tensor hidden = hidden_in.defined() ? hidden_in.contiguous() : Tensor();
+  const int64_t width = residual.size(-1);
+  std::vector<int64_t> rstd_sizes = residual.sizes().vec();
+  rstd_sizes.back() = 1;
+  NormForward out{hidden.defined() ? at::empty_like(residual) : residual.detach(),
+                  at::empty(residual.sizes(), residual.options().dtype(call.compute_dtype)),
+                  at::empty(rstd_sizes, residual.options().dtype(wide_dtype(call.residual_dtype)))};
+  device_kernels()->rms_norm_forward(
+      {.types = device_types(call, weight),
+       .shape = {residual.numel() / width, width},
+       .eps = call.eps,
+       .residual = residual.const_data_ptr(),
+       .hidden = hidden.defined() ? hidden.const_data_ptr() : nullptr,
+       .weight = weight.const_data_ptr(),
+       .sum = hidden.defined() ? out.residual.mutable_data_ptr() : nullptr,
+       .normed = out.normed.mutable_data_ptr(),
+       .rstd = out.rstd.mutable_data_ptr()},
+      on_device::stream());
+  return out;
+}
+
+Tensors backward_on_device(const Tensor& x, const Tensor& rstd, Tensor grad_residual,
+                           const Tensor& grad_normed_in, const NormCall& call) {
+  const Tensor grad_normed = grad_normed_in.contiguous(), weight = call.weight.value();
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  const bool adds = grad_residual.defined(), trains = call.weight.trainable();
+  const Tensor dx = adds ? own_or_copy(std::move(grad_residual)) : at::empty_like(x);
+  const bool two_dtypes = call.has_hidden && call.residual_dtype != call.compute_dtype;
+  const Tensor d_hidden = two_dtypes ? at::empty_like(grad_normed) : Tensor();
+  const Tensor dw = trains ? at::zeros({width}, rstd.options()) : Tensor();
+  const Tensor partial =
+      trains ? at::empty({2, device_kernels()->norm_partial_rows(rows), width}, rstd.options()) : Tensor();
+  const auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  device_kernels()->rms_norm_backward({.types = device_types(call, weight),
+                                       .shape = {rows, width},
+                                       .x = x.const_data_ptr(),
+                                       .rstd = rstd.const_data_ptr(),
+                                       .weight = weight.const_data_ptr(),
+                                       .grad = grad_normed.const_data_ptr(),
+                                       .grad_residual = adds ? dx.const_data_ptr() : nullptr,
+                                       .dx = dx.mutable_data_ptr(),
+                                       .d_hidden = pointer(d_hidden),
+                                       .grad_weight = pointer(dw),
+                                       .partial = pointer(partial)},
+                                      on_device::stream());
+  if (trains) call.weight.accumulate([dw](param::GradSlot& slot) { param::add_to_slot(slot, dw); });
+  if (!call.has_hidden) return {dx, Tensor()};
+  return {dx, two_dtypes ? d_hidden : dx};
+}
+
 Tensors backward(const NormCall& call, const Tensors& saved, Tensors& grads) {
   at::NoGradGuard no_grad;
   if (!grads[1].defined())  // the normed output was not used
     return {grads[0], call.has_hidden ? grads[0].to(call.compute_dtype) : Tensor()};
   if (call.path == Path::kReference)
     return backward_reference(saved[0], saved[1], grads[0], grads[1], call);
+  if (call.path == Path::kDevice)
+    return backward_on_device(saved[0], saved[1], std::move(grads[0]), grads[1], call);
   return backward_fused(saved[0], saved[1], std::move(grads[0]), grads[1], call);
 }
 
 NormForward forward(const Tensor& residual, const Tensor& hidden, const NormCall& call) {
-  return call.path == Path::kFused ? forward_fused(residual, hidden, call)
-                                   : forward_reference(residual, hidden, call);
+  if (call.path == Path::kReference) return forward_reference(residual, hidden, call);
+  return call.path == Path::kDevice ? forward_on_device(residual, hidden, call)
+                                    : forward_fused(residual, hidden, call);
 }
 
 bool has_kernel(const NormCall& call) {

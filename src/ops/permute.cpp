@@ -130,6 +130,11 @@ Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tens
   return {drows_RD, dweights_Nk};
 }
 
+// Devices have no kernels for it yet.
+Path host_form(const Tensor& x) {
+  return path_of(x) == Path::kFused ? Path::kFused : Path::kReference;
+}
+
 }  // namespace
 
 ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts) {
@@ -166,7 +171,7 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
 }
 
 Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
-  const Path form = path_of(x_ND);
+  const Path form = host_form(x_ND);
   const int64_t k = order.place_Nk.size(1);
   CAPSTAN_CHECK(x_ND.dim() == 2 && x_ND.size(0) == order.place_Nk.size(0),
                 "permute: {} tokens for an order of {}", x_ND.size(0), order.place_Nk.size(0));
@@ -187,7 +192,7 @@ Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
 }
 
 Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOrder& order) {
-  const Path form = path_of(y_RD);
+  const Path form = host_form(y_RD);
   CAPSTAN_CHECK(y_RD.dim() == 2 && y_RD.size(0) == order.slot_R.numel() &&
                     weights_in.sizes() == order.place_Nk.sizes(),
                 "combine: {} rows for an order of {}", y_RD.size(0), order.slot_R.numel());

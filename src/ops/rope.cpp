@@ -17,6 +17,7 @@
 #include "capstan/ops/path.h"
 #include "ops/cpu/dtypes.h"
 #include "ops/cpu/rope_kernels.h"
+#include "ops/on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -63,11 +64,30 @@ void rotate_reference(const Tensor& x, const Tensor& positions, const RopeTable&
   heads.copy_(at::cat({a * cos - b * sin, b * cos + a * sin}, -1));
 }
 
+void rotate_on_device(const Tensor& x, const Tensor& positions, const RopeTable& table,
+                      const RopeSpec& spec, bool backward) {
+  device_kernels()->rope(
+      {.dtype = *on_device::dtype_of(x),
+       .x = x.mutable_data_ptr(),
+       .rows = x.size(0) * x.size(1),
+       .row_stride = x.size(2),
+       .heads = spec.heads,
+       .head_size = spec.head_size,
+       .cos = table.cos.const_data_ptr(),
+       .sin = table.sin.const_data_ptr(),
+       .positions = positions.defined() ? positions.const_data_ptr<int64_t>() : nullptr,
+       .rows_per_sample = x.size(1),
+       .backward = backward},
+      on_device::stream());
+}
+
 void rotate(const Tensor& x, const Tensor& positions, const RopeTable& table, const RopeSpec& spec,
             bool backward) {
   at::NoGradGuard no_grad;
+  const Path form = path_of(x);
+  if (form == Path::kDevice) return rotate_on_device(x, positions, table, spec, backward);
   const auto element = cpu::element_of(x.scalar_type());
-  if (path_of(x) == Path::kReference || !element)
+  if (form == Path::kReference || !element)
     return rotate_reference(x, positions, table, spec, backward);
   const cpu::RopeArgs args{
       .x = x.mutable_data_ptr(),

@@ -4,8 +4,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <optional>
+
 #include "capstan/base/error.h"
 #include "capstan/optim/adamw.h"
+#include "optim/device_update_internal.h"
 #include "optim/optimizers_internal.h"
 
 namespace capstan::optim {
@@ -22,16 +25,18 @@ class AdamW final : public Optimizer {
     for (size_t i = 0; i < shards.size(); ++i)
       for (const auto& range : shards[i].ranges)
         jobs_.push_back({&tensors_[i], range.begin, range.end, range.decay});
+    if (DeviceUpdate::fits(jobs_)) on_device_.emplace(jobs_);
   }
 
   void step(const UpdateStep& step) override {
-    adamw_update(jobs_, {.lr = step.lr,
-                         .beta1 = recipe_.betas[0],
-                         .beta2 = recipe_.betas[1],
-                         .eps = recipe_.eps,
-                         .weight_decay = recipe_.weight_decay,
-                         .gradient_scale = step.gradient_scale,
-                         .count = step.count});
+    const AdamWStep numbers{.lr = step.lr,
+                            .beta1 = recipe_.betas[0],
+                            .beta2 = recipe_.betas[1],
+                            .eps = recipe_.eps,
+                            .weight_decay = recipe_.weight_decay,
+                            .gradient_scale = step.gradient_scale,
+                            .count = step.count};
+    on_device_ ? on_device_->step(numbers) : adamw_update(jobs_, numbers);
   }
 
   std::vector<OptimizerState> states() override {
@@ -47,6 +52,7 @@ class AdamW final : public Optimizer {
   recipe::Optimizer recipe_;
   std::vector<AdamWTensors> tensors_;
   std::vector<AdamWJob> jobs_;  // point into tensors_
+  std::optional<DeviceUpdate> on_device_;
 };
 
 }  // namespace

@@ -6,7 +6,6 @@
 // device unless it says so. Functions are thread-safe; the current stream is the calling thread's.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <c10/core/Device.h>
 
 #include <cstdint>
 

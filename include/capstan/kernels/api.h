@@ -34,6 +34,10 @@ struct Api {
   Launcher<SquaredNormArgs> squared_norm;
   Launcher<DecideStepArgs> decide_step;
   Launcher<FillNormalArgs> fill_normal;
+  // What launchers need beside their arguments; on the host.
+  int64_t (*norm_partial_rows)(int64_t rows);
+  size_t (*embedding_workspace_bytes)(const EmbeddingShape& shape);
+  std::vector<Tile> (*cut_tiles)(std::span<const FlatRange> ranges);
 };
 
 // In the CUDA library alone.

@@ -1,0 +1,90 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "support/fake_device/fake_kernels.h"
+
+#include "kernels/api_table.h"
+#include "support/fake_device/fake_device.h"
+
+namespace capstan::test {
+namespace {
+
+using namespace capstan::kernels;
+
+template <class T>
+void to_host(T*& pointer) {
+  if (pointer) pointer = static_cast<T*>(host_of(pointer));
+}
+void to_host(LogitRows& rows) {
+  to_host(rows.logits);
+  to_host(rows.targets);
+}
+
+// A launcher whose device pointers are the given members of its arguments.
+template <class Args, auto kLaunch, auto... kPointers>
+void launch(const Args& args, Stream stream) {
+  Args on_host = args;
+  (to_host(on_host.*kPointers), ...);
+  kLaunch(on_host, stream);
+}
+
+using NF = NormForwardArgs;
+using NB = NormBackwardArgs;
+using OA = OptimizerArgs;
+using SN = SquaredNormArgs;
+
+template <auto kLaunch>
+constexpr auto kNormForward = launch<NF, kLaunch, &NF::residual, &NF::hidden, &NF::weight,
+                                     &NF::bias, &NF::sum, &NF::normed, &NF::mean, &NF::rstd>;
+template <auto kLaunch>
+constexpr auto kNormBackward =
+    launch<NB, kLaunch, &NB::x, &NB::mean, &NB::rstd, &NB::weight, &NB::grad, &NB::grad_residual,
+           &NB::dx, &NB::d_hidden, &NB::grad_weight, &NB::grad_bias, &NB::partial>;
+template <auto kLaunch>
+constexpr auto kActivation = launch<ActivationArgs, kLaunch, &ActivationArgs::x,
+                                    &ActivationArgs::grad, &ActivationArgs::out>;
+template <auto kLaunch>
+constexpr auto kOptimizer = launch<OA, kLaunch, &OA::state, &OA::tiles, &OA::weights, &OA::gradient,
+                                   &OA::first, &OA::second, &OA::copy>;
+
+Api make_api() {
+  Api api = kLinkedApi;
+  api.copy = launch<CopyArgs, copy, &CopyArgs::from, &CopyArgs::to>;
+  api.rms_norm_forward = kNormForward<rms_norm_forward>;
+  api.layer_norm_forward = kNormForward<layer_norm_forward>;
+  api.rms_norm_backward = kNormBackward<rms_norm_backward>;
+  api.layer_norm_backward = kNormBackward<layer_norm_backward>;
+  api.rope =
+      launch<RopeArgs, rope, &RopeArgs::x, &RopeArgs::cos, &RopeArgs::sin, &RopeArgs::positions>;
+  api.activation_forward = kActivation<activation_forward>;
+  api.activation_backward = kActivation<activation_backward>;
+  api.embedding_forward =
+      launch<EmbeddingForwardArgs, embedding_forward, &EmbeddingForwardArgs::table,
+             &EmbeddingForwardArgs::ids, &EmbeddingForwardArgs::out>;
+  api.embedding_backward =
+      launch<EmbeddingBackwardArgs, embedding_backward, &EmbeddingBackwardArgs::grad,
+             &EmbeddingBackwardArgs::ids, &EmbeddingBackwardArgs::buffer,
+             &EmbeddingBackwardArgs::workspace>;
+  api.cross_entropy = launch<CrossEntropyArgs, cross_entropy, &CrossEntropyArgs::logits,
+                             &CrossEntropyArgs::weights, &CrossEntropyArgs::logprob>;
+  api.logit_stats = launch<LogitStatsArgs, logit_stats, &LogitStatsArgs::logits,
+                           &LogitStatsArgs::top, &LogitStatsArgs::sum, &LogitStatsArgs::picked>;
+  api.logit_gradient = launch<LogitGradientArgs, logit_gradient, &LogitGradientArgs::logits,
+                              &LogitGradientArgs::lse, &LogitGradientArgs::weights>;
+  api.adamw = kOptimizer<adamw>;
+  api.lion = kOptimizer<lion>;
+  api.squared_norm =
+      launch<SN, squared_norm, &SN::values, &SN::tiles, &SN::partial, &SN::sum, &SN::non_finite>;
+  api.decide_step = launch<DecideStepArgs, decide_step, &DecideStepArgs::sum,
+                           &DecideStepArgs::non_finite, &DecideStepArgs::state>;
+  api.fill_normal = launch<FillNormalArgs, fill_normal, &FillNormalArgs::out>;
+  return api;
+}
+
+}  // namespace
+
+const Api& fake_kernels() {
+  static const Api api = make_api();
+  return api;
+}
+
+}  // namespace capstan::test
