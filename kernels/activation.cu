@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// SwiGLU, GEGLU and GELU: out = act(x) [x up]; backward dx = grad act'(x) [x up], dup = grad act(x).
-// Memory per output element: gated forward 2 reads, 1 write; backward 3 reads, 2 writes.
+// SwiGLU, GEGLU and GELU: out = act(x) [x up]; backward dx = grad act'(x) [x up], dup = grad
+// act(x). Memory per output element: gated forward 2 reads, 1 write; backward 3 reads, 2 writes.
 // Reference: src/ops/swiglu.cpp, tests/kernels/activation_test.cpp.
 #include "capstan/kernels/activation.h"
 
@@ -27,8 +27,7 @@ struct GeluTanh {
   __device__ __forceinline__ Slope<A> operator()(A g) const {
     constexpr A kRoot = A(0.79788456080286535588), kCube = A(0.044715);
     const A t = tanh_of(kRoot * (g + kCube * g * g * g)), half = A(0.5) * (A(1) + t);
-    return {g * half,
-            half + A(0.5) * g * (A(1) - t * t) * kRoot * (A(1) + A(3) * kCube * g * g)};
+    return {g * half, half + A(0.5) * g * (A(1) - t * t) * kRoot * (A(1) + A(3) * kCube * g * g)};
   }
 };
 struct GeluErf {

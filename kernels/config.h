@@ -22,9 +22,9 @@ struct LaunchShape {
 
 // Rows whose elements stay in registers: a thread holds `chunks` pieces of `vector` elements.
 struct RowShape {
-  int vector = 1;          // elements loaded at a time
-  int chunks = 0;          // 1 or 4 with vectors, 16 without; 0: the row is too wide
-  int threads_per_row = 0; // whole warps
+  int vector = 1;           // elements loaded at a time
+  int chunks = 0;           // 1 or 4 with vectors, 16 without; 0: the row is too wide
+  int threads_per_row = 0;  // whole warps
   int rows_per_block = 0;
   bool operator==(const RowShape&) const = default;
   [[nodiscard]] int threads() const { return threads_per_row * rows_per_block; }

@@ -84,9 +84,8 @@ __device__ void row_gradient(T* row, int64_t columns, int64_t target, Wide<T> sh
 
 template <class T>
 __device__ void zero_row(T* row, int64_t columns) {
-  visit_row(row, columns, [&]<int N>(const Vec<T, N>&, int64_t column) {
-    store(row + column, Vec<T, N>{});
-  });
+  visit_row(row, columns,
+            [&]<int N>(const Vec<T, N>&, int64_t column) { store(row + column, Vec<T, N>{}); });
 }
 
 template <class T>
@@ -218,8 +217,8 @@ void rescale_sums(const RescaleSumsArgs& args, Stream stream) {
   check_present("rescale_sums",
                 {{"local_top", args.local_top}, {"top", args.top}, {"sum", args.sum}});
   with_wide("rescale_sums", args.dtype, [&](auto tag) {
-    launch("rescale_sums", flat_shape(args.rows, 1), stream,
-           rescale_kernel<TypeOf<decltype(tag)>>, args);
+    launch("rescale_sums", flat_shape(args.rows, 1), stream, rescale_kernel<TypeOf<decltype(tag)>>,
+           args);
   });
 }
 

@@ -31,8 +31,7 @@ __global__ void gather_rows(const EmbeddingForwardArgs a) {
     if (is_here) {
       const Vec<From, N> in = load<N>(from + d);
       CAPSTAN_UNROLL
-      for (int j = 0; j < N; ++j)
-        out.at[j] = narrow<To>(static_cast<Wide<To>>(widen(in.at[j])));
+      for (int j = 0; j < N; ++j) out.at[j] = narrow<To>(static_cast<Wide<To>>(widen(in.at[j])));
     }
     store(to + d, out);
   }
@@ -180,10 +179,14 @@ void backward_pass(const EmbeddingBackwardArgs& args, int64_t done, int64_t toke
   const EmbeddingShape& s = args.shape;
   const int64_t most = tokens_per_pass(s.tokens);
   int* const work = static_cast<int*>(args.workspace);
-  const Groups g{args.ids + done,         s.first_row,
-                 s.rows,                  tokens,
-                 work,                    work + s.rows,
-                 work + s.rows + most,    work + s.rows + 2 * most,
+  const Groups g{args.ids + done,
+                 s.first_row,
+                 s.rows,
+                 tokens,
+                 work,
+                 work + s.rows,
+                 work + s.rows + most,
+                 work + s.rows + 2 * most,
                  work + s.rows + 3 * most};
   launch("embedding_backward", flat_shape(s.rows, 1), stream, clear_last, g.last, s.rows);
   launch("embedding_backward", {(tokens + kChunk - 1) / kChunk, kGroupThreads, 0}, stream,

@@ -26,8 +26,8 @@ __device__ __forceinline__ double squares_at(const T* from) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNormThreads) tile_squares(const SquaredNormArgs a,
-                                                             const bool is_aligned) {
+__global__ void __launch_bounds__(kNormThreads)
+    tile_squares(const SquaredNormArgs a, const bool is_aligned) {
   constexpr int kN = kVector<T>;
   __shared__ double part[32];
   const T* const values = static_cast<const T*>(a.values);
@@ -82,8 +82,8 @@ void squared_norm(const SquaredNormArgs& args, Stream stream) {
   const int64_t blocks = args.tile_count < kNormBlocks ? args.tile_count : kNormBlocks;
   with_float("squared_norm", args.dtype, [&](auto tag) {
     if (args.tile_count > 0)
-      launch("squared_norm", {blocks, kNormThreads, 0}, stream,
-             tile_squares<TypeOf<decltype(tag)>>, args, are_aligned({args.values}));
+      launch("squared_norm", {blocks, kNormThreads, 0}, stream, tile_squares<TypeOf<decltype(tag)>>,
+             args, are_aligned({args.values}));
   });
   launch("squared_norm", {1, kSumThreads, 0}, stream, sum_tiles, args);
 }

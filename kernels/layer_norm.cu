@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Residual add + LayerNorm: s = residual + hidden, m = mean(s), r = 1 / sqrt(mean((s - m)^2) + eps),
-// normed = (s - m) r w + b. Backward: ds = r (g - mean(g) - h mean(g h)) + grad_residual with
+// Residual add + LayerNorm: s = residual + hidden, m = mean(s), r = 1 / sqrt(mean((s - m)^2) +
+// eps), normed = (s - m) r w + b. Backward: ds = r (g - mean(g) - h mean(g h)) + grad_residual with
 // g = grad w, h = (s - m) r; dw = sum grad h, db = sum grad, in two passes.
 // Memory per element, fp32 residual beside bf16: forward 6 bytes read, 6 written; backward 10 read,
 // 4 written (+ 2). Reference: tests/kernels/reference_norm.cpp.

@@ -264,8 +264,7 @@ void launch_forward(const char* name, const NormForwardArgs& a, Stream stream) {
     using C = TypeOf<decltype(c)>;
     using W = TypeOf<decltype(w)>;
     constexpr int kN = kVector<R, C>;
-    const bool aligned =
-        are_aligned({a.residual, a.hidden, a.weight, a.bias, a.sum, a.normed});
+    const bool aligned = are_aligned({a.residual, a.hidden, a.weight, a.bias, a.sum, a.normed});
     const RowShape s = row_shape(a.shape.width, kN, aligned);
     require(s.chunks > 0, name, "rows of {} elements", {a.shape.width});
     const LaunchShape shape{(a.shape.rows + s.rows_per_block - 1) / s.rows_per_block, s.threads(),
@@ -298,8 +297,7 @@ void launch_backward(const char* name, const NormBackwardArgs& a, Stream stream)
     using W = TypeOf<decltype(w)>;
     using A = Wide<R>;
     constexpr int kN = kVector<R, C>;
-    const bool aligned =
-        are_aligned({a.x, a.weight, a.grad, a.grad_residual, a.dx, a.d_hidden});
+    const bool aligned = are_aligned({a.x, a.weight, a.grad, a.grad_residual, a.dx, a.d_hidden});
     const RowShape s = row_shape(a.shape.width, kN, aligned);
     require(s.chunks > 0, name, "rows of {} elements", {a.shape.width});
     const auto shared = static_cast<int64_t>(sizeof(A)) * (s.rows_per_block - 1) * a.shape.width;

@@ -71,8 +71,8 @@ __device__ __forceinline__ void update_vector(const OptimizerArgs& a, const Upda
 }
 
 template <class A, class G, class M, template <class> class Update>
-__global__ void __launch_bounds__(kTileThreads) update_tiles(const OptimizerArgs a,
-                                                             const bool is_aligned) {
+__global__ void __launch_bounds__(kTileThreads)
+    update_tiles(const OptimizerArgs a, const bool is_aligned) {
   if (a.state->skip != 0) return;
   __shared__ Update<A> update;
   if (threadIdx.x == 0) update = Update<A>(a, *a.state);

@@ -28,7 +28,8 @@ __device__ __forceinline__ PhiloxBits philox(uint64_t seed, uint64_t stream, uin
   return {{c0, c1, c2, c3}};
 }
 
-// Rounds up with the probability of the part cut off; `random` has 16 bits. Infinities and NaN stay.
+// Rounds up with the probability of the part cut off; `random` has 16 bits. Infinities and NaN
+// stay.
 __device__ __forceinline__ Bf16 round_stochastically(float x, uint32_t random) {
   const uint32_t bits = bits_of_float(x);
   if ((bits & 0x7f800000u) == 0x7f800000u) return Bf16{bf16_bits(x)};

@@ -1,10 +1,10 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // Residual add + RMSNorm: s = residual + hidden, r = 1 / sqrt(mean(s^2) + eps), normed = s r w.
-// Backward: ds = r (g - h mean(g h)) + grad_residual with g = grad w, h = s r; dw = sum grad h, made
-// in two passes: per group of rows, then over groups.
-// Memory per element, fp32 residual beside bf16: forward 6 bytes read, 6 written; backward 10 read,
-// 4 written (+ 2). Reference: src/ops/norm.cpp, tests/kernels/reference_norm.cpp.
+// Backward: ds = r (g - h mean(g h)) + grad_residual with g = grad w, h = s r; dw = sum grad h,
+// made in two passes: per group of rows, then over groups. Memory per element, fp32 residual beside
+// bf16: forward 6 bytes read, 6 written; backward 10 read, 4 written (+ 2). Reference:
+// src/ops/norm.cpp, tests/kernels/reference_norm.cpp.
 #include "norm_rows.cuh"
 
 namespace capstan::kernels {

@@ -50,8 +50,8 @@ void rope(const RopeArgs& args, Stream stream) {
     using T = TypeOf<decltype(tag)>;
     constexpr int kN = kVector<T>;
     const int64_t half = args.head_size / 2;
-    const bool vectors = are_aligned({args.x, args.cos, args.sin}) && half % kN == 0 &&
-                         args.row_stride % kN == 0;
+    const bool vectors =
+        are_aligned({args.x, args.cos, args.sin}) && half % kN == 0 && args.row_stride % kN == 0;
     const int64_t items = args.heads * half / (vectors ? kN : 1);
     const LaunchShape shape{args.rows, threads_for_row(items, 1, 256), 0};
     launch("rope", shape, stream, vectors ? rope_rows<T, kN> : rope_rows<T, 1>, args);

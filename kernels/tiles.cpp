@@ -13,8 +13,7 @@ std::vector<Tile> cut_tiles(std::span<const FlatRange> ranges) {
     CAPSTAN_CHECK(0 <= range.begin && range.begin <= range.end, "tiles of [{}, {})", range.begin,
                   range.end);
     for (int64_t begin = range.begin; begin < range.end;) {
-      const int64_t end =
-          std::min(range.end, (begin / kTileElements + 1) * kTileElements);
+      const int64_t end = std::min(range.end, (begin / kTileElements + 1) * kTileElements);
       tiles.push_back({begin, static_cast<int32_t>(end - begin), range.flags});
       begin = end;
     }

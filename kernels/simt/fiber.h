@@ -16,8 +16,8 @@ class Fiber {
   Fiber& operator=(Fiber&&) noexcept;
   // Next resume() calls start() on an empty stack; what ran before is dropped without unwinding.
   void reset(void (*start)());
-  void resume();   // from the scheduler: runs the fiber until it pauses
-  void pause();    // from the fiber: back to resume()'s caller
+  void resume();  // from the scheduler: runs the fiber until it pauses
+  void pause();   // from the fiber: back to resume()'s caller
   [[nodiscard]] bool has_overflowed() const;
 
  private:

@@ -50,7 +50,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE())
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
-  return capstan::kernels::simt::exchange(value, mask, capstan::kernels::simt::lane() ^ lanes, line);
+  return capstan::kernels::simt::exchange(value, mask, capstan::kernels::simt::lane() ^ lanes,
+                                          line);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int line = __builtin_LINE()) {
@@ -62,8 +63,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LI
   return capstan::kernels::simt::exchange(value, mask, source < 0 ? lane : source, line);
 }
 inline unsigned __ballot_sync(unsigned mask, int is_set, int line = __builtin_LINE()) {
-  const uint64_t* words =
-      capstan::kernels::simt::exchange_words(mask, is_set != 0 ? 1 : 0, line);
+  const uint64_t* words = capstan::kernels::simt::exchange_words(mask, is_set != 0 ? 1 : 0, line);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < 32; ++lane) ballot |= static_cast<unsigned>(words[lane]) << lane;
   return ballot;

@@ -186,9 +186,9 @@ std::string Block::stuck() const {
     return std::count_if(threads_.begin(), threads_.end(),
                          [&](const Thread& t) { return t.state == state; });
   };
-  std::string text = fmt::format("{} threads wait at a barrier, {} at a warp operation, {} ended",
-                                 count(State::kAtBarrier), count(State::kAtWarp),
-                                 count(State::kDone));
+  std::string text =
+      fmt::format("{} threads wait at a barrier, {} at a warp operation, {} ended",
+                  count(State::kAtBarrier), count(State::kAtWarp), count(State::kDone));
   for (size_t t = 0; t < threads_.size(); ++t)
     if (threads_[t].state == State::kAtBarrier || threads_[t].state == State::kAtWarp)
       return text + fmt::format("; thread {} at line {}", t, threads_[t].line);

@@ -15,23 +15,27 @@ struct Case {
 
 double act(Activation kind, double g) {
   switch (kind) {
-    case Activation::kSilu: return g / (1 + std::exp(-g));
+    case Activation::kSilu:
+      return g / (1 + std::exp(-g));
     case Activation::kGeluTanh:
       return 0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
-    default: return 0.5 * g * (1 + std::erf(g / std::sqrt(2.0)));
+    default:
+      return 0.5 * g * (1 + std::erf(g / std::sqrt(2.0)));
   }
 }
 // Central difference of fourth order: independent of the kernel's own derivative.
 double slope(Activation kind, double g) {
   const double h = 1e-3;
-  return (8 * (act(kind, g + h) - act(kind, g - h)) - (act(kind, g + 2 * h) - act(kind, g - 2 * h))) /
+  return (8 * (act(kind, g + h) - act(kind, g - h)) -
+          (act(kind, g + 2 * h) - act(kind, g - 2 * h))) /
          (12 * h);
 }
 
 struct Expected {
   Values forward, backward;
 };
-Expected reference(const Case& c, Activation kind, bool gated, const Values& x, const Values& grad) {
+Expected reference(const Case& c, Activation kind, bool gated, const Values& x,
+                   const Values& grad) {
   Expected e;
   const size_t row_width = gated ? 2 * c.features : c.features;
   e.forward.resize(c.rows * c.features);

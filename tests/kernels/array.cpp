@@ -15,9 +15,7 @@ uint16_t to_bf16(float x) {
   if (std::isnan(x)) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-float from_bf16(uint16_t bits) {
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
+float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 template <class T>
 void put(Bytes& bytes, size_t index, T value) {
@@ -32,25 +30,38 @@ T get(const Bytes& bytes, size_t index) {
 
 void put_value(Bytes& bytes, DType dtype, size_t i, double x) {
   switch (dtype) {
-    case DType::kFp64: return put(bytes, i, x);
-    case DType::kFp32: return put(bytes, i, static_cast<float>(x));
-    case DType::kBf16: return put(bytes, i, to_bf16(static_cast<float>(x)));
-    case DType::kInt64: return put(bytes, i, static_cast<int64_t>(x));
-    case DType::kInt32: return put(bytes, i, static_cast<int32_t>(x));
+    case DType::kFp64:
+      return put(bytes, i, x);
+    case DType::kFp32:
+      return put(bytes, i, static_cast<float>(x));
+    case DType::kBf16:
+      return put(bytes, i, to_bf16(static_cast<float>(x)));
+    case DType::kInt64:
+      return put(bytes, i, static_cast<int64_t>(x));
+    case DType::kInt32:
+      return put(bytes, i, static_cast<int32_t>(x));
     case DType::kUint8:
-    case DType::kBool: return put(bytes, i, static_cast<uint8_t>(x));
-    default: FAIL() << "no such array";
+    case DType::kBool:
+      return put(bytes, i, static_cast<uint8_t>(x));
+    default:
+      FAIL() << "no such array";
   }
 }
 
 double get_value(const Bytes& bytes, DType dtype, size_t i) {
   switch (dtype) {
-    case DType::kFp64: return get<double>(bytes, i);
-    case DType::kFp32: return get<float>(bytes, i);
-    case DType::kBf16: return from_bf16(get<uint16_t>(bytes, i));
-    case DType::kInt64: return static_cast<double>(get<int64_t>(bytes, i));
-    case DType::kInt32: return get<int32_t>(bytes, i);
-    default: return get<uint8_t>(bytes, i);
+    case DType::kFp64:
+      return get<double>(bytes, i);
+    case DType::kFp32:
+      return get<float>(bytes, i);
+    case DType::kBf16:
+      return from_bf16(get<uint16_t>(bytes, i));
+    case DType::kInt64:
+      return static_cast<double>(get<int64_t>(bytes, i));
+    case DType::kInt32:
+      return get<int32_t>(bytes, i);
+    default:
+      return get<uint8_t>(bytes, i);
   }
 }
 
@@ -116,10 +127,14 @@ Values random_ids(size_t count, uint64_t seed, int64_t below) {
 
 Tolerance tolerance_of(DType dtype) {
   switch (dtype) {
-    case DType::kFp64: return {1e-11, 1e-12};
-    case DType::kFp32: return {1e-5, 1e-5};
-    case DType::kBf16: return {1.0 / 128, 2e-3};
-    default: return {0, 0};
+    case DType::kFp64:
+      return {1e-11, 1e-12};
+    case DType::kFp32:
+      return {1e-5, 1e-5};
+    case DType::kBf16:
+      return {1.0 / 128, 2e-3};
+    default:
+      return {0, 0};
   }
 }
 

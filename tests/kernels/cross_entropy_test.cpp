@@ -48,8 +48,7 @@ Expected reference(const Case& c, const Inputs& in) {
     e.logprob[n] = is_ignored ? 0 : row[target] - e.lse[n];
     for (size_t v = 0; v < c.columns; ++v)
       e.gradient[n * c.row_stride + v] =
-          is_ignored ? 0
-                     : w[n] * (std::exp(row[v] - e.lse[n]) - (v == target ? 1.0 : 0.0));
+          is_ignored ? 0 : w[n] * (std::exp(row[v] - e.lse[n]) - (v == target ? 1.0 : 0.0));
   }
   return e;
 }
@@ -114,9 +113,10 @@ void check_parts(const Case& c, const Inputs& in, const Expected& e) {
 class CrossEntropy : public KernelTest {};
 TEST_F(CrossEntropy, FusedAndParts_MatchReference) {
   const std::vector<Case> cases = {
-      {DType::kBf16, 7, 256, 256},      {DType::kFp32, 4, 100, 128},  {DType::kFp64, 5, 33, 33},
-      {DType::kBf16, 5, 1003, 1003},    {DType::kFp32, 1, 1, 1},      {DType::kBf16, 2, 3, 5},
-      {DType::kBf16, 3, 64, 64, 40.0},  {DType::kFp32, 3, 50, 50, 200.0},
+      {DType::kBf16, 7, 256, 256},       {DType::kFp32, 4, 100, 128},
+      {DType::kFp64, 5, 33, 33},         {DType::kBf16, 5, 1003, 1003},
+      {DType::kFp32, 1, 1, 1},           {DType::kBf16, 2, 3, 5},
+      {DType::kBf16, 3, 64, 64, 40.0},   {DType::kFp32, 3, 50, 50, 200.0},
       {DType::kBf16, 4, 77, 80, 3.0, 3}, {DType::kFp32, 0, 10, 10},
   };
   for (const Case& c : cases) {

@@ -79,9 +79,9 @@ class Embedding : public KernelTest {};
 TEST_F(Embedding, ForwardAndBackward_MatchReference) {
   constexpr auto k32 = DType::kFp32, k16 = DType::kBf16, k64 = DType::kFp64;
   const std::vector<Case> cases = {
-      {k16, k32, 50, 64, 0, 20, 20},  {k32, k16, 33, 40, 5, 9, 20}, {k16, k16, 64, 24, 0, 300, 300},
-      {k64, k64, 17, 6, 2, 4, 9},     {k32, k32, 9, 7, 0, 5, 5},    {k32, k32, 1, 1, 0, 1, 1},
-      {k32, k32, 0, 8, 0, 4, 4},      {k32, k16, 12, 8, 0, 0, 4},   {k32, k32, 12, 16, 0, 4, 4, 1},
+      {k16, k32, 50, 64, 0, 20, 20}, {k32, k16, 33, 40, 5, 9, 20}, {k16, k16, 64, 24, 0, 300, 300},
+      {k64, k64, 17, 6, 2, 4, 9},    {k32, k32, 9, 7, 0, 5, 5},    {k32, k32, 1, 1, 0, 1, 1},
+      {k32, k32, 0, 8, 0, 4, 4},     {k32, k16, 12, 8, 0, 0, 4},   {k32, k32, 12, 16, 0, 4, 4, 1},
       {k32, k16, 20, 1200, 0, 7, 7},
   };
   for (const Case& c : cases)

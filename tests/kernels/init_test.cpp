@@ -41,8 +41,9 @@ TEST_F(FillNormal, Bf16_IsTheRoundedFp32) {
   philox::fill_normal(std::span<float>(wide), 42, 7, 5, 1.0);
   const Array expected(DType::kBf16, Values(wide.begin(), wide.end()));
   const Array out = Array::of_size(DType::kBf16, wide.size());
-  api().fill_normal({.dtype = DType::kBf16, .out = out.data(), .count = 999, .seed = 42, .stream = 7, .first = 5},
-                    nullptr);
+  api().fill_normal(
+      {.dtype = DType::kBf16, .out = out.data(), .count = 999, .seed = 42, .stream = 7, .first = 5},
+      nullptr);
   EXPECT_EQ(out.bytes(), expected.bytes());
 }
 

@@ -21,8 +21,8 @@ std::vector<Case> cases(bool centered) {
       {{k16, k16, k16}, 6, 128, centered, true, false},
       {{k16, k16, k32}, 2, 512, centered, true, true},
       {{k64, k64, k64}, 4, 30, centered, true, true},
-      {{k32, k32, k32}, 1, 37, centered, true, true},   // odd width, one row
-      {{k32, k16, k16}, 3, 771, centered, true, true},  // odd width, several warps
+      {{k32, k32, k32}, 1, 37, centered, true, true},     // odd width, one row
+      {{k32, k16, k16}, 3, 771, centered, true, true},    // odd width, several warps
       {{k32, k32, k32}, 2, 64, centered, true, true, 1},  // nothing aligned
       {{k16, k16, k16}, 2, 1, centered, true, true},
       {{k32, k32, k32}, 0, 64, centered, true, true},
@@ -41,9 +41,7 @@ struct Inputs {
         grad_residual(c.types.residual, random_values(c.rows * c.width, 6), c.shift) {}
 };
 
-DType wide(const Case& c) {
-  return c.types.residual == DType::kFp64 ? DType::kFp64 : DType::kFp32;
-}
+DType wide(const Case& c) { return c.types.residual == DType::kFp64 ? DType::kFp64 : DType::kFp32; }
 NormShape shape(const Case& c) {
   return {static_cast<int64_t>(c.rows), static_cast<int64_t>(c.width)};
 }

@@ -157,9 +157,12 @@ class FlatOptimizer : public KernelTest {};
 TEST_F(FlatOptimizer, AllDtypes_MatchReference) {
   const std::vector<FlatRange> two = {{0, 700, kDecay}, {703, 1000, 0}};
   const std::vector<Case> cases = {
-      {{k32, k32, k32}, 1000, two},       {{k32, k16, k32}, 1000, two},
-      {{k32, k32, k16}, 1000, two},       {{k32, k16, k16}, 1001, two},
-      {{k64, k64, k64}, 1000, two},       {{k32, k32, k32}, 1, {{0, 1, kDecay}}},
+      {{k32, k32, k32}, 1000, two},
+      {{k32, k16, k32}, 1000, two},
+      {{k32, k32, k16}, 1000, two},
+      {{k32, k16, k16}, 1001, two},
+      {{k64, k64, k64}, 1000, two},
+      {{k32, k32, k32}, 1, {{0, 1, kDecay}}},
       {{k32, k32, k32}, 1000, two, false, 1},
       {{k32, k32, k32}, 9000, {{0, 5000, 0}, {5000, 9000, kDecay}}},
       {{k32, k32, k32}, 16, {}},
@@ -220,7 +223,8 @@ struct Norm {
   double sum;
   int32_t non_finite;
 };
-Norm norm_of(DType dtype, const std::vector<Values>& buffers, const std::vector<FlatRange>& ranges) {
+Norm norm_of(DType dtype, const std::vector<Values>& buffers,
+             const std::vector<FlatRange>& ranges) {
   const Memory sum = to_device<double>({-1.0}), broken = to_device<int32_t>({-1});
   const auto tiles = cut_tiles(ranges);
   const Memory device_tiles = to_device(tiles), partial(tiles.size() * sizeof(double));
@@ -243,7 +247,8 @@ Norm norm_of(DType dtype, const std::vector<Values>& buffers, const std::vector<
 
 class GradientNorm : public KernelTest {};
 TEST_F(GradientNorm, CountedTiles_SumInFp64) {
-  const std::vector<FlatRange> ranges = {{0, 5001, kCounted}, {5003, 9000, 0}, {9000, 9999, kCounted}};
+  const std::vector<FlatRange> ranges = {
+      {0, 5001, kCounted}, {5003, 9000, 0}, {9000, 9999, kCounted}};
   for (const DType dtype : {k32, k16, k64}) {
     const Values x = Array(dtype, random_values(10000, 1)).values();
     double expected = 0;
@@ -273,7 +278,8 @@ TEST_F(GradientNorm, NonFinite_IsFoundInTilesThatAreNotCounted) {
 
 StepState decided(double sum, int32_t non_finite, double max_norm, double inverse_loss_scale) {
   const Memory s = to_device<double>({sum}), f = to_device<int32_t>({non_finite});
-  const Memory state = to_device<StepState>({{.lr = 0.5, .gradient_scale = 9, .count = 4, .skip = 1}});
+  const Memory state =
+      to_device<StepState>({{.lr = 0.5, .gradient_scale = 9, .count = 4, .skip = 1}});
   api().decide_step({static_cast<const double*>(s.data()), static_cast<const int32_t*>(f.data()),
                      max_norm, inverse_loss_scale, static_cast<StepState*>(state.data())},
                     nullptr);

@@ -17,8 +17,8 @@ NormOutput norm_forward(const NormInput& in) {
     out.mean[n] = mean;
     out.rstd[n] = 1 / std::sqrt(squares / width + in.eps);
     for (size_t d = 0; d < in.width; ++d)
-      out.normed[n * in.width + d] = (x[d] - mean) * out.rstd[n] * in.weight[d] +
-                                     (in.bias.empty() ? 0.0 : in.bias[d]);
+      out.normed[n * in.width + d] =
+          (x[d] - mean) * out.rstd[n] * in.weight[d] + (in.bias.empty() ? 0.0 : in.bias[d]);
   }
   return out;
 }

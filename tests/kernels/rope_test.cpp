@@ -18,12 +18,14 @@ constexpr size_t kLength = 64, kRowsPerSample = 5;
 
 struct Table {
   Array cos, sin;
-  explicit Table(DType dtype, size_t half) : cos(dtype, values(half, 0)), sin(dtype, values(half, 1)) {}
+  explicit Table(DType dtype, size_t half)
+      : cos(dtype, values(half, 0)), sin(dtype, values(half, 1)) {}
   static Values values(size_t half, int which) {
     Values out;
     for (size_t t = 0; t < kLength; ++t)
       for (size_t i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(t) * std::pow(1e4, -static_cast<double>(i) / static_cast<double>(half));
+        const double angle = static_cast<double>(t) *
+                             std::pow(1e4, -static_cast<double>(i) / static_cast<double>(half));
         out.push_back(which == 0 ? std::cos(angle) : std::sin(angle));
       }
     return out;
@@ -70,18 +72,18 @@ void check_case(const Case& c, bool backward) {
                nullptr);
     return y;
   });
-  expect_close(out[0].values(), turned(c, x.values(), table, positions.values(), backward),
-               c.dtype, "x");
+  expect_close(out[0].values(), turned(c, x.values(), table, positions.values(), backward), c.dtype,
+               "x");
 }
 
 class Rope : public KernelTest {};
 TEST_F(Rope, ForwardAndBackward_MatchReference) {
   const std::vector<Case> cases = {
-      {DType::kBf16, 7, 3, 64, 320, true},      {DType::kBf16, 11, 14, 64, 896, false},
-      {DType::kFp32, 6, 2, 128, 256, true},     {DType::kFp64, 5, 3, 8, 32, true},
-      {DType::kBf16, 3, 2, 6, 17, true},        {DType::kFp32, 1, 1, 2, 2, false},
+      {DType::kBf16, 7, 3, 64, 320, true},        {DType::kBf16, 11, 14, 64, 896, false},
+      {DType::kFp32, 6, 2, 128, 256, true},       {DType::kFp64, 5, 3, 8, 32, true},
+      {DType::kBf16, 3, 2, 6, 17, true},          {DType::kFp32, 1, 1, 2, 2, false},
       {DType::kBf16, 4, 40, 128, 5120, false, 0}, {DType::kFp32, 3, 2, 16, 40, true, 1},
-      {DType::kBf16, 0, 2, 64, 128, true},      {DType::kBf16, 3, 0, 64, 128, true},
+      {DType::kBf16, 0, 2, 64, 128, true},        {DType::kBf16, 3, 0, 64, 128, true},
   };
   for (const Case& c : cases) {
     check_case(c, false);

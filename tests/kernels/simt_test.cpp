@@ -58,7 +58,8 @@ std::string fault_of(int64_t shared_bytes, void (*kernel)(A...), A... arguments)
 
 TEST(Simt, DivergentBarriersAndShuffles_AreFound) {
   int out[64];
-  EXPECT_NE(fault_of(0, half_reach_barrier).find("32 threads wait at a barrier"), std::string::npos);
+  EXPECT_NE(fault_of(0, half_reach_barrier).find("32 threads wait at a barrier"),
+            std::string::npos);
   EXPECT_NE(fault_of(0, barriers_at_two_lines).find("a barrier joins"), std::string::npos);
   EXPECT_NE(fault_of(0, odd_lanes_skip_shuffle, +out).find("at a warp operation"),
             std::string::npos);
@@ -113,9 +114,9 @@ TEST(Simt, NarrowFormats_RoundToNearestEvenAndSaturate) {
   EXPECT_EQ(e4m3_bits(1.0625f), 0x38);  // half way: even
   EXPECT_EQ(e4m3_bits(1.1875f), 0x3a);
   EXPECT_EQ(e4m3_bits(1000.0f), 0x7e);
-  EXPECT_EQ(e4m3_bits(-0.001953125f), 0x81);   // smallest subnormal
-  EXPECT_EQ(e4m3_bits(0.0009765625f), 0x00);   // half of it: even
-  EXPECT_EQ(e4m3_bits(0.01562f), 0x08);        // rounds up to the smallest normal number
+  EXPECT_EQ(e4m3_bits(-0.001953125f), 0x81);  // smallest subnormal
+  EXPECT_EQ(e4m3_bits(0.0009765625f), 0x00);  // half of it: even
+  EXPECT_EQ(e4m3_bits(0.01562f), 0x08);       // rounds up to the smallest normal number
   EXPECT_EQ(e5m2_bits(1.0f), 0x3c);
   EXPECT_EQ(e5m2_bits(-1e9f), 0xfb);
   EXPECT_EQ(e5m2_bits(1.52587890625e-05f), 0x01);

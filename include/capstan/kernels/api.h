@@ -7,10 +7,13 @@
 #include "capstan/kernels/copy.h"
 #include "capstan/kernels/cross_entropy.h"
 #include "capstan/kernels/embedding.h"
+#include "capstan/kernels/fp8.h"
 #include "capstan/kernels/init.h"
 #include "capstan/kernels/norm.h"
 #include "capstan/kernels/optimizer.h"
+#include "capstan/kernels/permute.h"
 #include "capstan/kernels/rope.h"
+#include "capstan/kernels/router.h"
 
 namespace capstan::kernels {
 
@@ -34,6 +37,16 @@ struct Api {
   Launcher<SquaredNormArgs> squared_norm;
   Launcher<DecideStepArgs> decide_step;
   Launcher<FillNormalArgs> fill_normal;
+  Launcher<AmaxArgs> amax;
+  Launcher<Fp8ScaleArgs> fp8_scale;
+  Launcher<CastFp8Args> cast_fp8;
+  Launcher<CastRowsFp8Args> cast_rows_fp8;
+  Launcher<RouterForwardArgs> router_forward;
+  Launcher<RouterBackwardArgs> router_backward;
+  Launcher<ExpertOrderArgs> expert_order;
+  Launcher<PermuteTokensArgs> permute_tokens;
+  Launcher<CombineRowsArgs> combine_rows;
+  Launcher<CombineRowsBackwardArgs> combine_rows_backward;
   // What launchers need beside their arguments; on the host.
   int64_t (*norm_partial_rows)(int64_t rows);
   size_t (*embedding_workspace_bytes)(const EmbeddingShape& shape);

@@ -26,7 +26,8 @@ void embedding_forward(const EmbeddingForwardArgs& args, Stream stream);
 
 // buffer[ids[n]] += grad[n], added in the order of the tokens, in at least fp32. Without sorting
 // and without atomics on floating-point numbers: tokens are grouped by row within chunks, and the
-// groups of a row are linked. Bytes per element: grad read; buffer read and written for rows in use.
+// groups of a row are linked. Bytes per element: grad read; buffer read and written for rows in
+// use.
 struct EmbeddingBackwardArgs {
   DType grad_dtype = DType::kBf16, buffer_dtype = DType::kFp32;
   EmbeddingShape shape;

@@ -14,7 +14,7 @@ struct RopeArgs {
   DType dtype = DType::kBf16;
   void* x = nullptr;  // T [N, row_stride]: the first heads * head_size features of a row are turned
   int64_t rows = 0, row_stride = 0, heads = 0, head_size = 0;
-  const void* cos = nullptr;           // A [length, H/2]
+  const void* cos = nullptr;  // A [length, H/2]
   const void* sin = nullptr;
   const int64_t* positions = nullptr;  // [N], all below length; null: row % rows_per_sample
   int64_t rows_per_sample = 1;
