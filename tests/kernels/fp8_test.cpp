@@ -100,6 +100,15 @@ TEST_F(CastFp8, CurrentScaling_RoundsToNearestInBothLayouts) {
                       .transposed = y[1].as<uint8_t>(),
                       .amax = y[5].as<float>()},
                      nullptr);
+      y.push_back(Array::of_size(DType::kUint8, count));
+      api().cast_fp8({.dtype = c.dtype,
+                      .format = c.format,
+                      .rows = static_cast<int64_t>(c.rows),
+                      .columns = static_cast<int64_t>(c.columns),
+                      .x = x.data(),
+                      .scale = y[3].as<float>(),
+                      .transposed = y[6].as<uint8_t>()},
+                     nullptr);
       return y;
     });
     const double top = amax_of(x.values());
@@ -114,6 +123,7 @@ TEST_F(CastFp8, CurrentScaling_RoundsToNearestInBothLayouts) {
         rounded(x.values(), std::vector<float>(c.rows, scale), c.columns, c.format);
     EXPECT_EQ(out[0].values(), expected);
     EXPECT_EQ(out[1].values(), transposed(expected, c.rows, c.columns));
+    EXPECT_EQ(out[6].bytes(), out[1].bytes());
   }
 }
 

@@ -14,12 +14,12 @@ import sys
 # What each module may include, itself aside; the column is transitive.
 MODULES = {
     "base": [], "text": ["base"], "recipe": ["base"], "plan": ["recipe"], "data": ["text", "recipe"], "launch": ["plan"],
-    "metrics": ["plan"], "device": ["base"], "comm": ["base"], "mesh": ["comm", "plan"], "param": ["plan"],
+    "metrics": ["plan"], "kernels": ["base"], "device": ["base"], "comm": ["base"], "mesh": ["comm", "plan"], "param": ["plan"],
     "ops": ["param", "device"], "nn": ["ops"], "parallel": ["nn", "mesh"], "optim": ["parallel"], "checkpoint": ["mesh"],
     "engine": ["optim"], "infer": ["engine", "checkpoint", "text"],
     "trainer": ["infer", "data", "launch", "metrics"],
 }
-TORCH_FREE = {"base", "text", "recipe", "plan", "data", "launch", "metrics"}
+TORCH_FREE = {"base", "text", "recipe", "plan", "data", "launch", "metrics", "kernels"}
 TORCH_FREE_FILES = {"src/checkpoint/" + f for f in ("safetensors.cpp", "manifest.cpp", "commit.cpp", "load.cpp")}
 TORCH_INCLUDE = re.compile(r"(ATen|c10|torch|caffe2)/")
 NARROW = {"ATen/core/Tensor.h", "ATen/core/ScalarType.h", "c10/core/ScalarType.h"}
@@ -62,6 +62,8 @@ def module_of(name):
         return parts[1]
     if parts[:2] == ["include", "capstan"] and len(parts) > 3:
         return parts[2]
+    if parts[0] == "kernels":
+        return "kernels"
     return None
 
 
@@ -79,13 +81,15 @@ def check_include(name, module, target, is_public):
         return f"public header includes {target}; only ATen/core/Tensor.h and narrower"
     if is_public and PRIVATE_ONLY.match(target):
         return f"{target} in a public header"
+    if module == "kernels" and re.match(r"(cuda|nv)", target) and not name.startswith("kernels/cuda/"):
+        return f"{target} outside kernels/cuda: the host compiler builds these files too"
     if target == "torch/torch.h":
         return "torch/torch.h costs 16 s a file: include what is used"
     return None
 
 
 def includes(root):
-    for name in tracked(root, "src/*.cpp", "src/*.h", "src/*.inc", "include/*.h"):
+    for name in tracked(root, "src/*.cpp", "src/*.h", "src/*.inc", "include/*.h", "kernels/*.cu", "kernels/*.cuh", "kernels/*.h", "kernels/*.cpp"):
         module = module_of(name)
         if module is None or module not in MODULES:
             continue
@@ -117,7 +121,7 @@ def functions(lines):
 
 
 def sizes(root):
-    for name in tracked(root, "*.cpp", "*.h", "*.cc"):
+    for name in tracked(root, "*.cpp", "*.h", "*.cc", "*.cu", "*.cuh"):
         if name in GENERATED:
             continue
         lines = read(root, name)
@@ -140,7 +144,7 @@ def headers(root):
 
 def words(root):
     unfinished = re.compile(r"\b(TO" r"DO|FIX" r"ME|XXX)\b|not (yet )?imple" r"mented")
-    for name in tracked(root, "*.cpp", "*.h", "*.inc", "*.py", "*.sh", "*.cmake", "*.md", "*.yaml"):
+    for name in tracked(root, "*.cpp", "*.h", "*.inc", "*.cu", "*.cuh", "*.py", "*.sh", "*.cmake", "*.md", "*.yaml"):
         if name == "tests/lint/check_tree.py":
             continue
         for number, line in enumerate(read(root, name), 1):
@@ -148,7 +152,7 @@ def words(root):
                 yield f"{name}:{number}: a word of unfinished work"
             if re.search(r"catch *\( *\.\.\. *\) *\{ *\}", line):
                 yield f"{name}:{number}: a swallowed exception"
-            if re.match(r"\s*#\s*if(def|ndef)?\b.*(CUDA|MPI|NCCL)", line) and name.startswith(("src/", "include/")):
+            if re.match(r"\s*#\s*if(def|ndef)?\b.*(CUDA|MPI|NCCL)", line) and name.startswith(("src/", "include/", "kernels/")):
                 yield f"{name}:{number}: an optional part chosen by the preprocessor; use a no_<part>.cpp twin"
 
 
