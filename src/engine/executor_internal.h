@@ -30,9 +30,8 @@ class Executor {
   // All must outlive the executor.
   Executor(const plan::Plan& plan, parallel::ParallelModel& model, mesh::Mesh& mesh, Trace trace);
 
-  // Forward and backward of all micro-batches; gradients are being summed when it returns. Returns
-  // this rank's part of the step's loss, without loss scale. Calls finish at the plan's step
-  // instruction.
+  // Forward and backward of all micro-batches. At the plan's step instruction, when all gradient sums
+  // are issued, finish is called with this rank's part of the step's loss, without loss scale.
   void run(const StepWork& work, const std::function<void(double loss)>& finish);
 
   // Without graph, through all stages. Results are undefined on ranks without the last stage.

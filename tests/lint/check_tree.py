@@ -15,7 +15,7 @@ import sys
 MODULES = {
     "base": [], "text": ["base"], "recipe": ["base"], "plan": ["recipe"], "data": ["text", "recipe"], "launch": ["plan"],
     "metrics": ["plan"], "kernels": ["base"], "device": ["base"], "comm": ["base"], "mesh": ["comm", "plan"], "param": ["plan"],
-    "ops": ["param", "device"], "nn": ["ops"], "parallel": ["nn", "mesh"], "optim": ["parallel"], "checkpoint": ["mesh"],
+    "ops": ["param", "device", "kernels"], "nn": ["ops"], "parallel": ["nn", "mesh"], "optim": ["parallel"], "checkpoint": ["mesh"],
     "engine": ["optim"], "infer": ["engine", "checkpoint", "text"],
     "trainer": ["infer", "data", "launch", "metrics"],
 }
