@@ -69,7 +69,7 @@ std::string Communicator::backend_name() const { return backend_->name(); }
 
 Work Communicator::issue(Request request) const {
   request.axis = axis_;
-  check_request(request, backend_->group());
+  check_request(request, backend_->group(), backend_->device());
   if (size() == 1) {
     run_alone(request);
     return {};

@@ -73,8 +73,9 @@ class GlooWork final : public WorkState, public std::enable_shared_from_this<Glo
       const double waited_s = std::chrono::duration<double>(Clock::now() - begin).count();
       failure = is_closing ? std::make_exception_ptr(closed_error())
                            : explain({.title = note.title,
-                                      .cause = first_line(e),
-                                      .waited_s = waited_s,
+                                      .got = fmt::format("a broken connection after {:.1f} s ({})",
+                                                         waited_s, first_line(e)),
+                                      .fix = "Look at the ranks without a sign of life first",
                                       .deadline_passed = waited_s >= 0.95 * timeout_s});
     }
     recorder.end(flight, failure == nullptr);
@@ -91,7 +92,7 @@ class GlooWork final : public WorkState, public std::enable_shared_from_this<Glo
     changed_.notify_all();
   }
 
-  [[nodiscard]] std::exception_ptr explain(const GlooJob::Failure& failure) {
+  [[nodiscard]] std::exception_ptr explain(const WaitFailure& failure) {
     {
       std::lock_guard lock(mutex_);
       failing_ = true;

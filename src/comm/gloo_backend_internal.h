@@ -51,6 +51,7 @@ class GlooBackend final : public Backend {
                                                const std::vector<int>& members) override;
   void abort(const std::string& reason) noexcept override { core_->job->abort(reason); }
   [[nodiscard]] bool is_aborted() const override { return core_->job->is_aborted(); }
+  [[nodiscard]] std::shared_ptr<WaitBook> wait_book() const override { return core_->job; }
 
  private:
   void issue_message(const std::shared_ptr<GlooWork>& work);

@@ -153,12 +153,12 @@ std::optional<std::string> GlooJob::failure_elsewhere(double patience_s) {
   }
 }
 
-std::exception_ptr GlooJob::fail(const Failure& failure, const WaitNote& note) {
+std::exception_ptr GlooJob::fail(const WaitFailure& failure, const WaitNote& note) {
   const auto elsewhere = [&](const std::string& reason) {
     abort_here(reason);
     return std::make_exception_ptr(aborted_error(failure.title));
   };
-  ErrorText text{.module = "comm", .what = "waiting in " + failure.title, .got = failure.cause};
+  ErrorText text{.module = "comm", .what = "waiting in " + failure.title, .got = failure.got};
   try {
     // A rank that fails says so before it closes its connections; one that dies cannot.
     if (const auto reason = failure_elsewhere(failure.deadline_passed ? 0 : 0.5))
@@ -177,10 +177,8 @@ std::exception_ptr GlooJob::fail(const Failure& failure, const WaitNote& note) {
     if (failure.deadline_passed) {
       text = report;
     } else {
-      text.got =
-          fmt::format("a broken connection after {:.1f} s ({})", failure.waited_s, failure.cause);
       text.why = report.why;
-      text.fix = "Look at the ranks without a sign of life first";
+      text.fix = failure.fix;
     }
   } catch (const std::exception& e) {
     text.why = e.what();

@@ -20,24 +20,18 @@
 #include "capstan/comm/backend.h"
 #include "comm/gloo_transport_internal.h"
 #include "comm/store_internal.h"
+#include "comm/wait_book_internal.h"
 #include "comm/wait_graph_internal.h"
 
 namespace capstan::comm {
 
-// A wait as other ranks need to see it: which of them have come is told by their counters.
-struct WaitNote {
-  std::string title;
-  int64_t sequence = 0;
-  std::map<int, std::string> counters;  // world rank -> its counter that must exceed `sequence`
-};
-
-class GlooJob {
+class GlooJob final : public WaitBook {
  public:
   struct Stores {
     std::shared_ptr<KeyStore> main, watcher;  // may be the same object
   };
   GlooJob(Stores stores, NetworkDevice device, std::shared_ptr<RankState> state, int size);
-  ~GlooJob();
+  ~GlooJob() override;
   GlooJob(const GlooJob&) = delete;
   GlooJob& operator=(const GlooJob&) = delete;
 
@@ -46,23 +40,14 @@ class GlooJob {
   [[nodiscard]] const std::shared_ptr<RankState>& rank_state() const { return state_; }
 
   // The first reason over all ranks stays; connections of all groups are closed. Any thread.
-  void abort(const std::string& reason) noexcept;
-  [[nodiscard]] bool is_aborted() const { return aborted_; }
-  [[nodiscard]] AbortedError aborted_error(const std::string& where) const;
+  void abort(const std::string& reason) noexcept override;
+  [[nodiscard]] bool is_aborted() const override { return aborted_; }
+  [[nodiscard]] AbortedError aborted_error(const std::string& where) const override;
 
-  // An operation failed with `cause`: finds out why, aborts the job and returns what its waiter
-  // shall see.
-  struct Failure {
-    std::string title, cause;
-    double waited_s = 0;
-    bool deadline_passed = false;
-  };
-  [[nodiscard]] std::exception_ptr fail(const Failure& failure, const WaitNote& note);
-
-  void count(const std::string& counter);  // this rank has issued one more operation
-  // `wake` is called when the job is aborted, if the wait is not cleared by then.
-  [[nodiscard]] int64_t note_wait(WaitNote note, std::function<void()> wake);
-  void clear_wait(int64_t id);
+  [[nodiscard]] std::exception_ptr fail(const WaitFailure& failure, const WaitNote& note) override;
+  void count(const std::string& counter) override;
+  [[nodiscard]] int64_t note_wait(WaitNote note, std::function<void()> wake) override;
+  void clear_wait(int64_t id) override;
 
   void add_transport(const std::shared_ptr<GlooTransport>& transport);
   void stop_watching();  // before the orderly end: rank 0 may leave first

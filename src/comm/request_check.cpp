@@ -23,8 +23,6 @@ namespace {
 
 void check_tensor(const Request& request, const Tensor& tensor, const char* name) {
   if (!tensor.defined()) refuse(request, fmt::format("an undefined tensor `{}`", name), "a tensor");
-  if (!tensor.device().is_cpu())
-    refuse(request, fmt::format("`{}` on {}", name, tensor.device().str()), "a tensor on the CPU");
   if (!tensor.is_contiguous())
     refuse(request, fmt::format("`{}` with gaps", name), "a contiguous tensor");
 }
@@ -37,6 +35,18 @@ void check_pair(const Request& request) {
            fmt::format("in {}, out {}", c10::toString(request.in.scalar_type()),
                        c10::toString(request.out.scalar_type())),
            "the same type");
+  if (request.in.device() != request.out.device())
+    refuse(
+        request,
+        fmt::format("in on {}, out on {}", request.in.device().str(), request.out.device().str()),
+        "one device for both");
+}
+
+void check_device(const Request& request, c10::Device device) {
+  const Tensor& payload = request.payload();
+  if (!payload.defined() || payload.is_cpu() || payload.device() == device) return;
+  refuse(request, "a tensor on " + payload.device().str(),
+         device.is_cpu() ? "one on the CPU" : fmt::format("one on {} or the CPU", device.str()));
 }
 
 void check_elements(const Request& request, int64_t got, int64_t need, const char* name) {
@@ -76,9 +86,7 @@ void check_all_to_all(const Request& request, const Group& group) {
            fmt::format("a multiple of {} ranks", group.size()));
 }
 
-}  // namespace
-
-void check_request(const Request& request, const Group& group) {
+void check_shapes(const Request& request, const Group& group) {
   switch (request.op) {
     case Op::kAllReduce:
       check_tensor(request, request.in, "inout");
@@ -112,10 +120,20 @@ void check_request(const Request& request, const Group& group) {
     refuse(request, fmt::format("this rank itself ({})", request.peer), "another rank");
 }
 
+}  // namespace
+
+void check_request(const Request& request, const Group& group, c10::Device device) {
+  check_shapes(request, group);
+  check_device(request, device);
+}
+
 void run_alone(const Request& request) {
   if (!request.in.defined() || !request.out.defined() || request.in.nbytes() == 0) return;
-  if (request.in.data_ptr() != request.out.data_ptr())
+  if (request.in.data_ptr() == request.out.data_ptr()) return;
+  if (request.in.is_cpu())
     std::memmove(request.out.data_ptr(), request.in.data_ptr(), request.in.nbytes());
+  else  // in the order of the current stream
+    request.out.detach().view(-1).copy_(request.in.detach().view(-1), true);
 }
 
 }  // namespace capstan::comm

@@ -6,10 +6,11 @@
 
 namespace capstan::comm {
 
-// Throws InternalError naming operation, axis, got and need.
-void check_request(const Request& request, const Group& group);
+// Throws InternalError naming operation, axis, got and need. Tensors are on the CPU or on `device`.
+void check_request(const Request& request, const Group& group, c10::Device device);
 
-// Runs the operation of a group of one rank: at most a copy from in to out.
+// Runs the operation of a group of one rank: at most a copy from in to out, queued on the current
+// stream where they are on a device.
 void run_alone(const Request& request);
 
 }  // namespace capstan::comm

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "capstan/comm/backend.h"
+#include "capstan/device/accelerator.h"
 
 namespace capstan::comm {
 
@@ -24,6 +25,7 @@ class SingleBackend final : public Backend {
   [[nodiscard]] std::shared_ptr<Backend> split(const std::string& axis,
                                                const std::vector<int>& members) override;
   void abort(const std::string& reason) noexcept override;
+  [[nodiscard]] c10::Device device() const override { return device::run_device(); }
   [[nodiscard]] bool is_aborted() const override {
     return parent_ ? parent_->is_aborted() : aborted_.load();
   }
@@ -43,6 +45,7 @@ class FakeBackend final : public Backend {
   [[nodiscard]] std::shared_ptr<Backend> split(const std::string& axis,
                                                const std::vector<int>& members) override;
   void abort(const std::string& reason) noexcept override;
+  [[nodiscard]] c10::Device device() const override { return device::run_device(); }
   [[nodiscard]] bool is_aborted() const override { return aborted_; }
 
  private:

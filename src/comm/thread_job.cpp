@@ -78,12 +78,16 @@ class ThreadWork final : public WorkState {
 }  // namespace
 
 ThreadJob::ThreadJob(int size, double timeout_s)
-    : waits_(static_cast<size_t>(size)), ended_(static_cast<size_t>(size)) {
+    : waits_(static_cast<size_t>(size)),
+      notes_(static_cast<size_t>(size)),
+      counters_(static_cast<size_t>(size)),
+      ended_(static_cast<size_t>(size)) {
   for (int r = 0; r < size; ++r) states_.push_back(std::make_shared<RankState>(r, timeout_s));
 }
 
 void ThreadJob::abort(int rank, const std::string& reason) noexcept {
   std::vector<std::shared_ptr<Meeting>> waits;
+  std::vector<std::function<void()>> wakes;
   {
     std::lock_guard lock(mutex_);
     if (aborted_.load()) return;
@@ -91,9 +95,12 @@ void ThreadJob::abort(int rank, const std::string& reason) noexcept {
     reason_ = reason;
     aborted_.store(true, std::memory_order_release);
     waits = waits_;
+    for (const auto& notes : notes_)
+      for (const auto& [id, note] : notes) wakes.push_back(note.wake);
   }
   for (const auto& meeting : waits)
     if (meeting) meeting->wake();
+  for (const auto& wake : wakes) wake();
 }
 
 AbortedError ThreadJob::aborted_error(const std::string& where) const {
@@ -140,24 +147,74 @@ void ThreadJob::clear_wait(int rank) {
   waits_[static_cast<size_t>(rank)] = nullptr;
 }
 
-ErrorText ThreadJob::explain(int rank) const {
+void ThreadJob::count(int rank, const std::string& counter) {
+  std::lock_guard lock(mutex_);
+  ++counters_[static_cast<size_t>(rank)][counter];
+}
+
+int64_t ThreadJob::note_wait(int rank, WaitNote note, std::function<void()> wake) {
+  std::lock_guard lock(mutex_);
+  notes_[static_cast<size_t>(rank)].emplace(next_note_, Note{std::move(note), std::move(wake)});
+  return next_note_++;
+}
+
+void ThreadJob::clear_wait(int rank, int64_t id) {
+  std::lock_guard lock(mutex_);
+  notes_[static_cast<size_t>(rank)].erase(id);
+}
+
+std::vector<int> ThreadJob::missing_of(int rank, const WaitNote& note) const {
+  std::vector<int> missing;
+  for (const auto& [peer, counter] : note.counters) {
+    const auto& counters = counters_[static_cast<size_t>(peer)];
+    const auto found = counters.find(counter);
+    if (peer != rank && (found == counters.end() || found->second <= note.sequence))
+      missing.push_back(peer);
+  }
+  return missing;
+}
+
+ErrorText ThreadJob::explain(int rank, const WaitNote* failing) const {
   std::vector<std::shared_ptr<Meeting>> waits;
   std::vector<bool> ended;
+  std::map<int, RankStatus> statuses;
   {
     std::lock_guard lock(mutex_);
     waits = waits_;
     ended = ended_;
+    for (size_t r = 0; r < notes_.size(); ++r) {
+      const auto at = static_cast<int>(r);
+      const WaitNote* note = at == rank && failing ? failing : nullptr;
+      if (!note && !notes_[r].empty()) note = &notes_[r].begin()->second.note;
+      if (note)
+        statuses[at] = {.waits_in = note->title, .waits_for = missing_of(at, *note), .last = ""};
+    }
+    if (failing) waits[static_cast<size_t>(rank)] = nullptr;
   }
-  std::map<int, RankStatus> statuses;
   for (size_t r = 0; r < waits.size(); ++r) {
     RankStatus& status = statuses[static_cast<int>(r)];
     status.last = states_[r]->recorder.open_text();
     if (ended[r]) status.last += "; its thread has ended";
-    if (!waits[r] || waits[r]->is_done()) continue;
+    if (!waits[r] || waits[r]->is_done()) continue;  // else what its note says, if it has one
     status.waits_in = waits[r]->title();
     status.waits_for = waits[r]->missing();
   }
   return explain_deadline(rank, states_[static_cast<size_t>(rank)]->timeout_s, statuses);
+}
+
+std::exception_ptr ThreadWaitBook::fail(const WaitFailure& failure, const WaitNote& note) {
+  const auto cause = [&] { return std::make_exception_ptr(job_->aborted_error(failure.title)); };
+  if (job_->is_aborted()) return cause();
+  const ErrorText report = job_->explain(rank_, &note);
+  const ErrorText text = failure.deadline_passed ? report
+                                                 : ErrorText{.module = "comm",
+                                                             .what = "waiting in " + failure.title,
+                                                             .got = failure.got,
+                                                             .why = report.why,
+                                                             .fix = failure.fix};
+  if (job_->is_aborted()) return cause();
+  job_->abort(rank_, format_error(text));
+  return std::make_exception_ptr(EnvError(text));
 }
 
 std::shared_ptr<Meeting> ThreadGroup::find_or_open(const Key& key,

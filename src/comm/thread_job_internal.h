@@ -15,6 +15,7 @@
 
 #include "capstan/comm/backend.h"
 #include "comm/meeting_internal.h"
+#include "comm/wait_book_internal.h"
 #include "comm/wait_graph_internal.h"
 
 namespace capstan::comm {
@@ -45,17 +46,52 @@ class ThreadJob {
 
   void note_wait(int rank, std::shared_ptr<Meeting> meeting);
   void clear_wait(int rank);
-  [[nodiscard]] ErrorText explain(int rank) const;
+  [[nodiscard]] ErrorText explain(int rank, const WaitNote* failing = nullptr) const;
+
+  // For waits outside of meetings; see WaitBook.
+  void count(int rank, const std::string& counter);
+  [[nodiscard]] int64_t note_wait(int rank, WaitNote note, std::function<void()> wake);
+  void clear_wait(int rank, int64_t id);
 
  private:
+  [[nodiscard]] std::vector<int> missing_of(int rank, const WaitNote& note) const;
+
   std::vector<std::shared_ptr<RankState>> states_;
   std::atomic<bool> aborted_ = false;
   mutable std::mutex mutex_;
   int abort_rank_ = -1;
   std::string reason_;
   std::vector<std::shared_ptr<Meeting>> waits_;  // by rank
+  struct Note {
+    WaitNote note;
+    std::function<void()> wake;
+  };
+  std::vector<std::map<int64_t, Note>> notes_;            // by rank
+  std::vector<std::map<std::string, int64_t>> counters_;  // by rank
+  int64_t next_note_ = 0;
   std::vector<bool> ended_;
   std::vector<Failure> failures_;  // in the order they came
+};
+
+// The book of one rank.
+class ThreadWaitBook final : public WaitBook {
+ public:
+  ThreadWaitBook(std::shared_ptr<ThreadJob> job, int rank) : job_(std::move(job)), rank_(rank) {}
+  void count(const std::string& counter) override { job_->count(rank_, counter); }
+  [[nodiscard]] int64_t note_wait(WaitNote note, std::function<void()> wake) override {
+    return job_->note_wait(rank_, std::move(note), std::move(wake));
+  }
+  void clear_wait(int64_t id) override { job_->clear_wait(rank_, id); }
+  [[nodiscard]] std::exception_ptr fail(const WaitFailure& failure, const WaitNote& note) override;
+  void abort(const std::string& reason) noexcept override { job_->abort(rank_, reason); }
+  [[nodiscard]] bool is_aborted() const override { return job_->is_aborted(); }
+  [[nodiscard]] AbortedError aborted_error(const std::string& where) const override {
+    return job_->aborted_error(where);
+  }
+
+ private:
+  std::shared_ptr<ThreadJob> job_;
+  int rank_;
 };
 
 // The members' meeting place: finds the meeting of an operation by its place in the order.
@@ -90,6 +126,9 @@ class ThreadBackend final : public Backend {
     job_->abort(group().world_rank(), reason);
   }
   [[nodiscard]] bool is_aborted() const override { return job_->is_aborted(); }
+  [[nodiscard]] std::shared_ptr<WaitBook> wait_book() const override {
+    return std::make_shared<ThreadWaitBook>(job_, group().world_rank());
+  }
 
  private:
   std::shared_ptr<ThreadJob> job_;

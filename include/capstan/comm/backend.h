@@ -28,7 +28,8 @@ enum class Op {
 [[nodiscard]] const char* name_of(Op op);
 [[nodiscard]] const char* name_of(ReduceOp op);
 
-// One call, checked by Communicator: tensors contiguous, on the CPU, sizes consistent on this rank.
+// One call, checked by Communicator: tensors contiguous, all on the CPU or all on the backend's
+// device, sizes consistent on this rank.
 struct Request {
   Op op = Op::kBarrier;
   Tensor out, in;  // in-place operations: the same tensor; undefined where an operation has none
@@ -44,6 +45,8 @@ struct Request {
 // "all_reduce sum fp32 x 4,096"; equal on all ranks of a correct collective (all_to_all_v: without
 // sizes).
 [[nodiscard]] std::string describe(const Request& request);
+
+class WaitBook;
 
 class WorkState {
  public:
@@ -84,6 +87,10 @@ class Backend {
                                                        const std::vector<int>& members) = 0;
   virtual void abort(const std::string& reason) noexcept = 0;
   [[nodiscard]] virtual bool is_aborted() const = 0;
+  // Where tensors may live besides the CPU.
+  [[nodiscard]] virtual c10::Device device() const { return c10::DeviceType::CPU; }
+  // What backends built on this one report to; null where nobody waits.
+  [[nodiscard]] virtual std::shared_ptr<WaitBook> wait_book() const { return nullptr; }
 
   [[nodiscard]] const Group& group() const { return group_; }
   [[nodiscard]] RankState& state() const { return *state_; }

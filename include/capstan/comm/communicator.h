@@ -5,8 +5,9 @@
 //
 // Asynchrony: a call only issues the operation and returns a Work; operations of one communicator
 // run in the order of issue. Until wait() returned (or is_done() is true) inputs may not be written
-// and outputs may not be read. The operation keeps its tensors alive. Tensors are contiguous and on
-// the CPU; autograd does not see the operation.
+// and outputs may not be read. The operation keeps its tensors alive. Tensors are contiguous;
+// autograd does not see the operation. They are on the CPU, or on the accelerator where the
+// communicator is one of nccl.h, which says what differs there.
 //
 // Order: all ranks of a group issue the same collectives in the same order (a breach ends in an
 // error that names both ranks on the threads backend, in a deadline report on gloo). send and recv
@@ -74,7 +75,9 @@ class Communicator {
   [[nodiscard]] int world_rank() const;                 // in the job
   [[nodiscard]] const std::vector<int>& ranks() const;  // the members' world ranks, in group order
   [[nodiscard]] const std::string& axis() const { return axis_; }
-  [[nodiscard]] std::string backend_name() const;  // "threads", "gloo", "fake", "single"
+  [[nodiscard]] std::string backend_name() const;  // "threads", "gloo", "nccl", "fake", "single"
+  // For backends that are built on another one.
+  [[nodiscard]] const std::shared_ptr<Backend>& backend() const { return backend_; }
 
   // Collective over: this group, all of the below; peers and roots are ranks of this group.
   Work all_reduce(const Tensor& inout, ReduceOp op = ReduceOp::kSum) const;
