@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/comm/world.h"
 
+#include "capstan/comm/nccl.h"
 #include "comm/gloo_job_internal.h"
 #include "comm/single_backend_internal.h"
 
@@ -37,6 +38,10 @@ World::~World() {
   if (!state_ || state_->is_closed) return;
   state_->job->abort("the rank left the job before its end");
   state_->job->stop_watching();
+}
+
+void World::use_nccl(std::shared_ptr<NcclApi> api, device::Accelerator& accelerator) {
+  if (state_) communicator_ = make_nccl_communicator(communicator_, std::move(api), accelerator);
 }
 
 void World::close() {

@@ -10,8 +10,11 @@
 #include <string>
 
 #include "capstan/comm/communicator.h"
+#include "capstan/device/accelerator.h"
 
 namespace capstan::comm {
+
+class NcclApi;
 
 struct RankEnv {
   int rank = 0, size = 1;
@@ -42,6 +45,10 @@ class World {
   [[nodiscard]] int rank() const { return env_.rank; }
   [[nodiscard]] int size() const { return env_.size; }
   [[nodiscard]] const Communicator& communicator() const { return communicator_; }  // axis "world"
+
+  // From here on communicator() takes tensors of the accelerator as well (nccl.h); call it before
+  // the first split. Collective over: world.
+  void use_nccl(std::shared_ptr<NcclApi> api, device::Accelerator& accelerator);
 
   // The orderly end: waits until every rank is here. Call it once, after the last collective.
   void close();
