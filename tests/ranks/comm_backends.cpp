@@ -3,6 +3,7 @@
 #include "ranks/comm_backends.h"
 
 #include "comm/gloo_job_internal.h"
+#include "ranks/nccl_rank.h"
 #include "support/run_ranks.h"
 
 namespace capstan::test {
@@ -10,6 +11,12 @@ namespace capstan::test {
 void run_on(Kind kind, int n, const std::function<void(comm::Communicator world)>& fn,
             double timeout_s) {
   constexpr double kDeadlineSeconds = 60;
+  if (kind == Kind::kNccl || kind == Kind::kNcclOverGloo) {
+    const Kind control = kind == Kind::kNccl ? Kind::kThreads : Kind::kGloo;
+    run_nccl_ranks(n, [&](const NcclRank& rank) { fn(for_cpu_tensors(rank)); },
+                   {.control = control, .timeout_s = timeout_s});
+    return;
+  }
   if (kind == Kind::kThreads) {
     run_ranks(
         n,

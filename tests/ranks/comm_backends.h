@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Runs the same test on the backends `threads` and `gloo`; with gloo the ranks are threads of this
-// process as well, each with its own connections.
+// Runs the same test on the backends `threads`, `gloo` and `nccl`. The ranks are threads of this
+// process everywhere: with gloo each has its own connections, with nccl a fake device and a fake
+// NCCL (nccl_rank.h) above one of the other two.
 #pragma once
 #include <functional>
 #include <string>
@@ -10,9 +11,10 @@
 
 namespace capstan::test {
 
-enum class Kind { kThreads, kGloo };
+enum class Kind { kThreads, kGloo, kNccl, kNcclOverGloo };
 [[nodiscard]] inline std::string name_of(Kind kind) {
-  return kind == Kind::kThreads ? "Threads" : "Gloo";
+  constexpr const char* kNames[] = {"Threads", "Gloo", "Nccl", "NcclOverGloo"};
+  return kNames[static_cast<int>(kind)];
 }
 
 // As run_ranks; `timeout_s` is the deadline of the waits.

@@ -89,12 +89,15 @@ TEST_P(Collectives, AllReduceMaxMin_KeepNaN) {
 
 TEST_P(Collectives, AllReduceOr_CollectsBitsAndFlags) {
   on_ranks([](const Communicator& world) {
-    Tensor bits = at::full({3}, int64_t{1} << world.rank(), at::kLong);
-    Tensor flag = at::full({1}, world.rank() == 2, at::kBool);
-    world.all_reduce(bits, ReduceOp::kOr).wait();
+    Tensor flag = at::full({1}, world.rank() == 2, at::kBool), unset = at::zeros({1}, at::kBool);
     world.all_reduce(flag, ReduceOp::kOr).wait();
-    EXPECT_EQ(bits[1].item<int64_t>(), 15);
+    world.all_reduce(unset, ReduceOp::kOr).wait();
     EXPECT_TRUE(flag.item<bool>());
+    EXPECT_FALSE(unset.item<bool>());
+    if (GetParam() == Kind::kNccl) return;  // has no bitwise or
+    Tensor bits = at::full({3}, int64_t{1} << world.rank(), at::kLong);
+    world.all_reduce(bits, ReduceOp::kOr).wait();
+    EXPECT_EQ(bits[1].item<int64_t>(), 15);
   });
 }
 
@@ -286,7 +289,8 @@ TEST_P(Collectives, Ledger_CountsCallsAndBytesPerAxisExactly) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, Collectives, ::testing::Values(Kind::kThreads, Kind::kGloo),
+INSTANTIATE_TEST_SUITE_P(Backends, Collectives,
+                         ::testing::Values(Kind::kThreads, Kind::kGloo, Kind::kNccl),
                          [](const auto& parameter) { return name_of(parameter.param); });
 
 // Reduce-scatter followed by all-gather is all-reduce, on both backends and in every repetition:
@@ -313,6 +317,7 @@ TEST(Determinism, RepeatedRunsAndBackends_GiveTheSameBits) {
   const Tensor first = run(Kind::kThreads);
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(same_bits(run(Kind::kThreads), first));
   for (int i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(run(Kind::kGloo), first));
+  EXPECT_TRUE(same_bits(run(Kind::kNccl), first));
 }
 
 }  // namespace

@@ -128,7 +128,9 @@ TEST_P(Failure, SplitWithDifferentMembers_IsRefused) {
                                 HasSubstr("[1,2] on rank 1 and [2] on rank 2"))));
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, Failure, ::testing::Values(Kind::kThreads, Kind::kGloo),
+INSTANTIATE_TEST_SUITE_P(Backends, Failure,
+                         ::testing::Values(Kind::kThreads, Kind::kGloo, Kind::kNccl,
+                                           Kind::kNcclOverGloo),
                          [](const auto& parameter) { return name_of(parameter.param); });
 
 std::string mismatch_of(const std::function<void(const Communicator&)>& fn, int n = 2) {

@@ -106,7 +106,9 @@ TEST_P(Order, FlightRecorder_TellsWhatRan) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, Order, ::testing::Values(Kind::kThreads, Kind::kGloo),
+INSTANTIATE_TEST_SUITE_P(Backends, Order,
+                         ::testing::Values(Kind::kThreads, Kind::kGloo, Kind::kNccl,
+                                           Kind::kNcclOverGloo),
                          [](const auto& parameter) { return name_of(parameter.param); });
 
 TEST(ThreadsBackend, SixteenRanksManyOperations_StayInStep) {
