@@ -37,7 +37,8 @@ void compare_state(Engine& engine, const ReferenceRun& reference, Comparison& re
     const std::string key = entry.kind + "/" + entry.name;
     const at::Tensor& whole = reference.state.at(key);
     const double scale = std::max(1e-3, whole.abs().max().item<double>());
-    const double error = entry.tensor.to(at::kDouble)
+    const double error = entry.tensor.cpu()
+                             .to(at::kDouble)
                              .sub(part_of(whole, entry.box).to(at::kDouble))
                              .abs()
                              .max()
@@ -122,7 +123,8 @@ ReferenceRun run_reference(const LayoutCase& layout, int steps) {
   return run;
 }
 
-Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference, int steps) {
+Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference, int steps,
+                          const RankRunner& runner) {
   Comparison result;
   const plan::Plan plan = make_case_plan(layout);
   std::mutex mutex;
@@ -151,7 +153,7 @@ Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& referenc
     compare_state(engine, reference, result);
   };
   try {
-    run_ranks(layout.ranks(), on_rank, 60);
+    runner ? runner(layout.ranks(), on_rank) : run_ranks(layout.ranks(), on_rank, 60);
   } catch (const std::exception& e) {
     result.failure = e.what();
   }

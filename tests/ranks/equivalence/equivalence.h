@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -35,8 +36,11 @@ struct Comparison {
 // Largest error of what a rank holds.
 [[nodiscard]] double state_error(engine::Engine& engine, const ReferenceRun& reference);
 [[nodiscard]] ReferenceRun run_reference(const LayoutCase& layout, int steps);
+// Runs fn(world) on n ranks; run_ranks unless told otherwise.
+using RankRunner =
+    std::function<void(int n, const std::function<void(comm::Communicator world)>& fn)>;
 [[nodiscard]] Comparison compare_layout(const LayoutCase& layout, const ReferenceRun& reference,
-                                        int steps);
+                                        int steps, const RankRunner& runner = {});
 
 // Of all weights after one step; what a rank threw, where one did.
 [[nodiscard]] std::string hash_after_one_step(const LayoutCase& layout);
