@@ -5,7 +5,7 @@ include(CMakePackageConfigHelpers)
 set(_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/capstan)
 
 # Programs find libraries beside them; LibTorch where it was found at build time (or by LD_LIBRARY_PATH).
-foreach(target capstan capstan_shared_base capstan_cli capstan_run)
+foreach(target capstan capstan_shared_base capstan_cuda capstan_cli capstan_run)
   if(TARGET ${target})
     set_target_properties(${target} PROPERTIES INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR};$ORIGIN;$ORIGIN/../../${CMAKE_INSTALL_LIBDIR};${CAPSTAN_TORCH_ROOT}/lib")
   endif()
@@ -13,6 +13,9 @@ endforeach()
 
 if(TARGET capstan)
   install(TARGETS capstan capstan_shared_base LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  if(TARGET capstan_cuda)
+    install(TARGETS capstan_cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  endif()
   install(DIRECTORY include/capstan DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
   configure_package_config_file(cmake/capstan-config.cmake.in ${PROJECT_BINARY_DIR}/capstan-config.cmake
     INSTALL_DESTINATION ${_package_dir} PATH_VARS CMAKE_INSTALL_INCLUDEDIR CMAKE_INSTALL_LIBDIR)

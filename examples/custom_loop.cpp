@@ -87,7 +87,7 @@ int main() {
   device::install_cpu_allocator();
   try {
     const plan::Plan plan = plan::make_plan(recipe::parse_recipe(kRecipe, "custom_loop"),
-                                            plan::local_topology(kRanks, kRanks), {});
+                                            plan::local_topology(kRanks, kRanks, "cpu"), {});
     comm::run_thread_ranks(kRanks, [&](const comm::Communicator& world) { run_rank(world, plan); });
     return 0;
   } catch (const Error& error) {

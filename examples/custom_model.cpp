@@ -294,7 +294,7 @@ struct Run {
 Run train(const Layout& layout) {
   const plan::Plan plan =
       plan::make_plan(recipe::parse_recipe(kRecipe, "custom_model", layout.overrides),
-                      plan::local_topology(layout.ranks, layout.ranks), {});
+                      plan::local_topology(layout.ranks, layout.ranks, "cpu"), {});
   Run run;
   std::mutex mutex;
   comm::run_thread_ranks(layout.ranks, [&](const comm::Communicator& world) {

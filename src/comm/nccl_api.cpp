@@ -2,8 +2,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/comm/nccl_api.h"
 
+#include <mutex>
+#include <utility>
+
+#include "capstan/comm/nccl.h"
+
 namespace capstan::comm {
 namespace {
+
+std::mutex install_mutex;
+std::shared_ptr<NcclApi>& installed() {
+  static std::shared_ptr<NcclApi> api;
+  return api;
+}
 
 std::optional<NcclType> arithmetic_type_of(at::ScalarType type) {
   switch (type) {
@@ -30,6 +41,16 @@ std::optional<NcclType> arithmetic_type_of(at::ScalarType type) {
 }
 
 }  // namespace
+
+std::shared_ptr<NcclApi> installed_nccl_api() {
+  const std::scoped_lock lock(install_mutex);
+  return installed();
+}
+
+void install_nccl_api(std::shared_ptr<NcclApi> api) {
+  const std::scoped_lock lock(install_mutex);
+  installed() = std::move(api);
+}
 
 std::optional<NcclReduction> nccl_reduction_of(at::ScalarType type, ReduceOp op) {
   const auto element = arithmetic_type_of(type);

@@ -95,7 +95,7 @@ Session::Session(const SessionOptions& options) : state_(std::make_unique<State>
     state_->tokenizer = text::Tokenizer::load(folder / "tokenizer.json");
   const recipe::Resolved recipe = recipe_for_use(state_->step, options.overrides);
   state_->plan = plan::make_plan(
-      recipe, plan::local_topology(1, 1),
+      recipe, plan::local_topology(1, 1, "cpu"),
       {.tokenizer_vocab_size =
            state_->tokenizer ? std::optional(state_->tokenizer->vocab_size()) : std::nullopt});
   device::set_threads(static_cast<int>(options.threads.value_or(device::recommended_threads(1))));

@@ -53,7 +53,7 @@ void resolve_run(Draft& draft) {
   if (run.device == "auto") {
     run.device = topology.device;
     draft.choose("run.device", run.device, "what this machine offers");
-  } else if (run.device != "cpu" && run.device != topology.device) {
+  } else if (run.device != topology.device) {
     draft.refuse({"run.device", run.device, topology.device,
                   "no GPU for every rank is found where the run is placed; capstan doctor says why",
                   "Set run.device: auto"});

@@ -6,17 +6,19 @@
 
 namespace capstan::plan {
 
-Topology local_topology(int world_size, int local_size) {
+Topology local_topology(int world_size, int local_size, const std::string& device) {
   Topology topology;
   topology.world_size = world_size;
   topology.local_size = local_size;
   topology.physical_cores = allowed_physical_cores();
   topology.memory_bytes = memory_limit_bytes();
   topology.fast_bf16 = cpu_has("avx512_bf16") || cpu_has("amx_bf16");
+  if (device == "cpu") return topology;
   const GpuProbe& found = probe_gpus();
   if (static_cast<int>(found.gpus.size()) >= local_size && local_size > 0 && has_cuda_plugin()) {
     topology.device = "cuda";
     topology.fast_bf16 = found.gpus.front().major >= 8;
+    topology.memory_bytes = found.gpus.front().memory_bytes * local_size;
   }
   return topology;
 }

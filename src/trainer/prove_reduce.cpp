@@ -287,7 +287,13 @@ class Reducer {
     if (whole_.precision.reduction != whole_.precision.gradients)
       note("precision.reduction", r_.precision.reduction, "fp64",
            "rounding is no part of a layout");
-    r_.precision = {.compute = "fp64", .residual = "fp64", .master = "fp64", .gradients = "fp64"};
+    r_.precision = {.compute = "fp64",
+                    .residual = "fp64",
+                    .master = "fp64",
+                    .gradients = "fp64",
+                    .reduction = "auto",
+                    .keep_fp32 = std::move(r_.precision.keep_fp32),
+                    .loss_scale = {}};
     note("precision.compute", whole_.resolved.precision.compute, "fp64", "a proof, not a sample");
     const double range =
         std::min(0.15, 0.85 / std::sqrt(static_cast<double>(r_.model.hidden_size)));
@@ -309,6 +315,7 @@ class Reducer {
     r_.run.steps = kSteps;
     r_.run.tokens.reset();
     r_.run.threads = 1;
+    r_.run.device = "cpu";
     r_.data.tokenizer.reset();
     r_.data.train = {{.path = "drawn"}};
     r_.data.validation.clear();

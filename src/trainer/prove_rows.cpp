@@ -11,8 +11,9 @@ namespace {
 constexpr int64_t kUnknownVocabulary = 50257;  // while the tokenizer is not read
 
 plan::Plan plan_for(const ProveOptions& options, int world) {
-  plan::Topology topology = plan::local_topology(world, world);
+  plan::Topology topology = plan::local_topology(world, world, "cpu");
   topology.memory_bytes = 0;
+  if (options.recipe.recipe.run.device == "cuda") topology.device = "cuda";
   plan::PlanInputs inputs;
   if (!options.recipe.recipe.model.vocab_size) inputs.tokenizer_vocab_size = kUnknownVocabulary;
   return plan::make_plan(options.recipe, topology, inputs);

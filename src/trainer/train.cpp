@@ -141,7 +141,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   if (recipe.recipe.data.tokenizer)
     tokenizer = text::Tokenizer::load(*recipe.recipe.data.tokenizer);
   const plan::Plan plan = plan::make_plan(
-      recipe, plan::local_topology(world.size(), options.local_size),
+      recipe, plan::local_topology(world.size(), options.local_size, recipe.recipe.run.device),
       {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
   const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));

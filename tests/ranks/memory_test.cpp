@@ -32,7 +32,7 @@ plan::Plan make_plan(const std::string& model, const std::string& batch,
       "lr_schedule: {kind: constant}\n"
       "precision: {compute: " +
       compute + "}\n";
-  return plan::make_plan(recipe::parse_recipe(text, "memory_test"), plan::local_topology(1, 1), {});
+  return plan::make_plan(recipe::parse_recipe(text, "memory_test"), plan::local_topology(1, 1, "cpu"), {});
 }
 
 std::vector<engine::MicroBatch> make_batches(const plan::Plan& plan) {
@@ -132,7 +132,7 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
       "parallel: {" +
       recipe.parallel + "}\n";
   return plan::make_plan(recipe::parse_recipe(text, "memory_test"),
-                         plan::local_topology(recipe.ranks, recipe.ranks), {});
+                         plan::local_topology(recipe.ranks, recipe.ranks, "cpu"), {});
 }
 
 class PredictedLayoutMemory : public testing::TestWithParam<LayoutRecipe> {

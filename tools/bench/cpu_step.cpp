@@ -80,7 +80,7 @@ int main(int argc, char** argv) {
   }
   device::install_cpu_allocator();
   const plan::Plan plan = plan::make_plan(recipe::parse_recipe(recipe_text(argc, argv), "bench"),
-                                          plan::local_topology(1, 1), {});
+                                          plan::local_topology(1, 1, "cpu"), {});
   device::set_threads(std::atoi(argv[2]));
   mesh::Mesh mesh;
   engine::Engine engine(plan, mesh);

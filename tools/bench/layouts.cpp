@@ -43,7 +43,7 @@ constexpr const char* kRecipe =
 
 plan::Plan plan_of(int ranks, const Overrides& overrides) {
   return plan::make_plan(recipe::parse_recipe(kRecipe, "bench", overrides),
-                         plan::local_topology(ranks, ranks), {});
+                         plan::local_topology(ranks, ranks, "cpu"), {});
 }
 
 double median(std::vector<double> values) {

@@ -94,7 +94,7 @@ plan::Topology topology_of(const PlanOptions& options, const recipe::Run& run) {
                                 .got = fmt::format("{} for {} ranks", local, options.world),
                                 .need = "a divisor of --world",
                                 .why = "every host starts as many ranks"});
-  plan::Topology topology = plan::local_topology(options.world, local);
+  plan::Topology topology = plan::local_topology(options.world, local, run.device);
   if (options.host_memory_gib)
     topology.memory_bytes = static_cast<int64_t>(*options.host_memory_gib * 1024 * 1024 * 1024);
   if (run.device == "cuda") {  // planning needs no GPU here

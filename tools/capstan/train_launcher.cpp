@@ -106,7 +106,8 @@ int launch_train(const TrainArguments& arguments, int argc, char** argv) {
   const int world = env.launched ? env.world_size : arguments.nproc;
   const int local = env.launched ? env.local_world_size : arguments.nproc;
   const plan::Plan plan =
-      plan::make_plan(recipe, plan::local_topology(world, local), plan_inputs(recipe.recipe));
+      plan::make_plan(recipe, plan::local_topology(world, local, recipe.recipe.run.device),
+                      plan_inputs(recipe.recipe));
   const Path run_directory = run_directory_of(plan.resolved);
   if (!env.launched) {
     check_not_in_use(run_directory);

@@ -7,7 +7,9 @@
 #include "capstan/base/env.h"
 #include "capstan/base/error.h"
 #include "capstan/base/log.h"
+#include "capstan/comm/nccl.h"
 #include "capstan/comm/world.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/device/allocator.h"
 #include "capstan/device/cuda.h"
 #include "capstan/launch/rank_env.h"
@@ -33,8 +35,15 @@ trainer::TrainOptions make_options(const TrainArguments& arguments, int local_si
 
 int train_as_threads(const TrainArguments& arguments) {
   trainer::TrainOptions options = make_options(arguments, arguments.nproc);
-  // Threads of one process share its CPU; a GPU belongs to a process.
-  if (options.recipe.recipe.run.device == "auto") options.recipe.recipe.run.device = "cpu";
+  std::string& device = options.recipe.recipe.run.device;
+  if (device == "cuda")
+    throw ConfigError(ErrorText{.module = "train",
+                                .what = "--ranks threads",
+                                .got = "run.device cuda",
+                                .need = "--ranks processes",
+                                .why = "a GPU belongs to a process",
+                                .fix = ""});
+  device = "cpu";
   return trainer::train_as_threads(options, arguments.nproc).exit_code;
 }
 
@@ -56,7 +65,7 @@ comm::RankEnv place_of_this_rank() {
 // Known before the plan is: LibTorch decides at its first op whether CUDA exists.
 bool computes_on_cuda(const recipe::Run& run, const comm::RankEnv& env) {
   if (run.device != "auto") return run.device == "cuda";
-  return plan::local_topology(env.size, env.local_size).device == "cuda";
+  return plan::local_topology(env.size, env.local_size, run.device).device == "cuda";
 }
 
 int train_as_process(const TrainArguments& arguments) {
@@ -66,6 +75,8 @@ int train_as_process(const TrainArguments& arguments) {
   const trainer::TrainOptions options = make_options(arguments, env.local_size);
   if (computes_on_cuda(options.recipe.recipe.run, env)) device::start_cuda(env.local_rank);
   comm::World world(env, options.recipe.recipe.run.start_timeout_s);
+  if (device::Accelerator* const gpu = device::accelerator())
+    world.use_nccl(comm::installed_nccl_api(), *gpu);
   const trainer::TrainResult result = trainer::train(options, world.communicator());
   world.close();
   return result.exit_code;

@@ -36,6 +36,10 @@
 
 namespace capstan::comm {
 
+// What a plug-in brought; null without one. Set once, before the first communicator.
+[[nodiscard]] std::shared_ptr<NcclApi> installed_nccl_api();
+void install_nccl_api(std::shared_ptr<NcclApi> api);
+
 // `control`: threads or gloo, and not used for messages or collectives by others from here on. The
 // accelerator has its device set and outlives the communicators. Collective over: control.
 [[nodiscard]] Communicator make_nccl_communicator(const Communicator& control,

@@ -23,10 +23,13 @@ struct Topology {
   int local_size = 1;
   std::string device = "cpu";
   int physical_cores = 1;    // allowed to this process
-  int64_t memory_bytes = 0;  // of this host; 0 = unknown
+  int64_t memory_bytes = 0;  // of this host, with cuda of its GPUs; 0 = unknown
   bool fast_bf16 = false;    // AVX512-BF16, AMX or sm_80 up
 };
-[[nodiscard]] Topology local_topology(int world_size, int local_size);
+// This machine. device: what run.device asks for; auto takes GPUs when there is one for every rank
+// and the CUDA plug-in is there.
+[[nodiscard]] Topology local_topology(int world_size, int local_size,
+                                      const std::string& device = "auto");
 
 struct PrecisionPlan {
   DType compute, residual, master, gradients;

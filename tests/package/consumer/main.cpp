@@ -21,7 +21,7 @@ int main() {
       "optimizer: {lr: 1.0e-2}\n"
       "precision: {compute: fp32}\n";
   const plan::Plan plan = plan::make_plan(recipe::parse_recipe(recipe_text, "consumer"),
-                                          plan::local_topology(1, 1), {});
+                                          plan::local_topology(1, 1, "cpu"), {});
   mesh::Mesh mesh;
   engine::Engine engine(plan, mesh);
   const auto objective = engine::make_next_token_objective();
