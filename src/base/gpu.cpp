@@ -97,6 +97,26 @@ GpuProbe probe() {
 
 }  // namespace
 
+std::optional<double> dense_flops(const std::string& gpu_name, DType dtype) {
+  struct Entry {
+    const char* part;  // of the name; the first that fits counts
+    double narrow, fp32, fp64;
+  };
+  // NVIDIA data sheets of H200, H100 and A100; fp32 without tensor cores.
+  static constexpr Entry kTable[] = {{"H200", 989e12, 67e12, 67e12},
+                                     {"H100 NVL", 835e12, 60e12, 60e12},
+                                     {"H100 PCIe", 756e12, 51e12, 51e12},
+                                     {"H100", 989e12, 67e12, 67e12},
+                                     {"A100", 312e12, 19.5e12, 19.5e12}};
+  for (const Entry& entry : kTable) {
+    if (gpu_name.find(entry.part) == std::string::npos) continue;
+    if (dtype == DType::kBf16 || dtype == DType::kFp16) return entry.narrow;
+    if (dtype == DType::kFp32) return entry.fp32;
+    if (dtype == DType::kFp64) return entry.fp64;
+  }
+  return std::nullopt;
+}
+
 const GpuProbe& probe_gpus() {
   static const GpuProbe found = probe();
   return found;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "capstan/base/check.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/param/init.h"
 
 namespace capstan::parallel {
@@ -87,13 +88,15 @@ void FlatStore::allocate() {
   };
   const at::Device device = options_.device;
   const at::Device optimizer_device = options_.offload_optimizer ? at::kCPU : device;
-  const at::Device shard_device = options_.offload_parameters ? at::kCPU : device;
   if (options_.zero_stage < 3) {
     full_ = at::zeros({layout_.numel}, on(device, value_dtype()));
     copy_ = own_part(full_);
     make_views();
   } else {
-    copy_ = at::zeros({shard_numel_}, on(shard_device, value_dtype()));
+    // In pinned memory the device reads a shard without the host waiting.
+    copy_ = options_.offload_parameters && !device.is_cpu()
+                ? device::accelerator()->empty_pinned({shard_numel_}, value_dtype()).zero_()
+                : at::zeros({shard_numel_}, on(device, value_dtype()));
   }
   master_ = shares ? copy_ : at::zeros({shard_numel_}, on(optimizer_device, types.master));
   if (!layout_.trainable) return;
@@ -141,7 +144,7 @@ void FlatStore::prefetch() {
   // Offloaded values come to the device first; the gather keeps what it reads alive.
   gather_ = options_.shard.all_gather(
       full_, options_.offload_parameters
-                 ? copy_.to(options_.device, copy_.scalar_type(), false, true)
+                 ? copy_.to(options_.device, copy_.scalar_type(), !options_.device.is_cpu(), true)
                  : copy_);
   is_gathering_ = true;
 }

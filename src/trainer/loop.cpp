@@ -15,7 +15,9 @@
 #include "capstan/base/console.h"
 #include "capstan/base/env.h"
 #include "capstan/base/error.h"
+#include "capstan/base/gpu.h"
 #include "capstan/base/log.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/device/allocator.h"
 #include "capstan/device/isa.h"
 #include "capstan/device/matmul_peak.h"
@@ -79,13 +81,45 @@ metrics::TraceCollector& new_collector() {
 
 }  // namespace
 
+int64_t peak_bytes_of(int rank) {
+  const device::Accelerator* const gpu = device::accelerator();
+  return gpu ? gpu->memory().peak_bytes : device::stats(rank).peak_bytes;
+}
+
+// FLOP/s of this rank's processor; 0 = unknown. CPUs are measured, all ranks at the same time, as
+// they will compute; GPUs have a data sheet.
+double peak_flops_of(const plan::Plan& plan, int rank) {
+  if (device::Accelerator* const gpu = device::accelerator()) {
+    gpu->reset_peak();
+    const auto index = static_cast<size_t>(gpu->device().index());
+    const auto& gpus = probe_gpus().gpus;
+    const std::string name = index < gpus.size() ? gpus[index].name : "";
+    const double flops = dense_flops(name, plan.precision.compute).value_or(0);
+    if (rank == 0)
+      log::info("metrics", "MFU is against {} ({}, {}), {:.3g} FLOPs per token (causal)",
+                flops > 0 ? fmt::format("{:.0f} TFLOP/s dense", flops * 1e-12) : "nothing: n/a",
+                name.empty() ? "unknown GPU" : name, name_of(plan.precision.compute),
+                plan.flops.per_token);
+    return flops;
+  }
+  const double flops =
+      1e9 * device::measure_matmul_peak(plan.precision.compute, plan.threads_per_rank);
+  device::reset_peak(rank);  // what the measurement took is no part of the step
+  if (rank == 0)
+    log::info("metrics",
+              "MFU is against a measured matmul peak of {:.0f} GFLOP/s per rank ({}, {}), {:.3g} "
+              "FLOPs per token (causal)",
+              flops * 1e-9, name_of(plan.precision.compute), device::name_of(device::isa_level()),
+              plan.flops.per_token);
+  return flops;
+}
+
 // Largest stop signal and peak memory over all ranks. Issued before a step and read after it, so it
 // costs no wait: all ranks see a request at the same step.
 class Loop::Agreement {
  public:
   Agreement(const comm::Communicator& world, int rank)
-      : values_(at::tensor(std::vector<int64_t>{stop_signal(), device::stats(rank).peak_bytes},
-                           at::kLong)),
+      : values_(at::tensor(std::vector<int64_t>{stop_signal(), peak_bytes_of(rank)}, at::kLong)),
         work_(world.control().all_reduce(values_, comm::ReduceOp::kMax)) {}
   Agreed wait() {
     work_.wait();
@@ -128,17 +162,9 @@ void Loop::open_validation() {
 
 void Loop::start_records() {
   const plan::Plan& plan = in_.plan;
-  // All ranks measure at the same time, as they will compute.
-  peak_flops_per_rank_ =
-      1e9 * device::measure_matmul_peak(plan.precision.compute, plan.threads_per_rank);
-  device::reset_peak(mesh_.rank());  // what the measurement took is no part of the step
+  peak_flops_per_rank_ = peak_flops_of(plan, mesh_.rank());
   started_ns_ = monotonic_ns();
   if (!is_first()) return;
-  log::info("metrics",
-            "MFU is against a measured matmul peak of {:.0f} GFLOP/s per rank ({}, {}), {:.3g} "
-            "FLOPs per token (causal)",
-            peak_flops_per_rank_ * 1e-9, name_of(plan.precision.compute),
-            device::name_of(device::isa_level()), plan.flops.per_token);
   recorder_ = std::make_unique<metrics::Recorder>(
       metrics::RecorderOptions{.run_directory = in_.run_directory,
                                .interval_steps = plan.resolved.metrics.interval_steps,

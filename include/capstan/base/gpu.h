@@ -4,8 +4,11 @@
 // LibTorch: the driver's library is opened when first asked.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "capstan/base/dtype.h"
 
 namespace capstan {
 
@@ -15,6 +18,10 @@ struct Gpu {
   int major = 0, minor = 0;  // compute capability
   int multiprocessors = 0;
 };
+
+// Dense matrix products per second by the data sheet, tensor cores for fp16 and bf16, without
+// sparsity; none for GPUs and types that the table lacks. The denominator of MFU.
+[[nodiscard]] std::optional<double> dense_flops(const std::string& gpu_name, DType dtype);
 
 struct GpuProbe {
   std::vector<Gpu> gpus;  // those that CUDA_VISIBLE_DEVICES leaves

@@ -1,0 +1,44 @@
+# SPDX-FileCopyrightText: Capstan contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a user reads who asks for a GPU on a machine without one, or without the plug-in. The driver is one made for tests."""
+import os
+import unittest
+
+from cli_program import Program
+
+DRIVER = os.environ["FAKE_DRIVER"]
+
+
+class Device(Program):
+    def run_with_driver(self, *arguments, gpus="2"):
+        return self.run_capstan(*arguments, env={**os.environ, "LD_LIBRARY_PATH": DRIVER, "FAKE_GPUS": gpus})
+
+    def test_doctor_lists_gpus_and_what_is_missing(self):
+        done = self.run_with_driver("doctor")
+        for words in ("for CUDA up to 13.0", "GPU 0", "GPU 1", "NVIDIA Imagined, 80.0 GiB, compute capability 9.0, 132", "CUDA plug-in"):
+            self.assertIn(words, done.stdout)
+        self.assertNotIn("GPU 2", done.stdout)
+
+    def test_doctor_says_why_there_is_no_gpu(self):
+        self.assertIn("shows no GPU (see CUDA_VISIBLE_DEVICES)", self.run_with_driver("doctor", gpus="0").stdout)
+        self.assertIn("does not start: unknown error", self.run_with_driver("doctor", gpus="broken").stdout)
+
+    def test_cuda_without_a_gpu_is_refused_before_anything_starts(self):
+        done = self.run_with_driver("train", "tiny.yaml", "--nproc", "2", "--set", "run.device=cuda", gpus="1")
+        self.assertEqual(done.returncode, 2)
+        for words in ("run.device", "cuda", "need cpu", "capstan doctor says why"):
+            self.assertIn(words, done.stderr)
+        self.assertFalse((self.home / "runs" / "tiny").exists())
+
+    def test_threads_and_cuda_exclude_each_other(self):
+        done = self.run_capstan("train", "tiny.yaml", "--nproc", "2", "--ranks", "threads", "--set", "run.device=cuda")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("run.device", done.stderr)
+
+    def test_a_plan_for_gpus_needs_none(self):
+        done = self.check("plan", "tiny.yaml", "--world", "2", "--set", "run.device=cuda", "--set", "precision.compute=auto")
+        self.assertIn("compute bf16", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
