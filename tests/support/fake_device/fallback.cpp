@@ -107,7 +107,9 @@ class HostCall {
     for (size_t i = 0; i < count; ++i)
       stack_.push_back(to_host(originals_[i], schema_.arguments()[i]));
     now_ = begin_op(schema_.name().c_str());
-    for (const Carried& c : carried_) note(c.device, c.is_written, now_);
+    std::vector<Use> uses;
+    for (const Carried& c : carried_) uses.push_back({c.device, c.is_written});
+    note(uses, now_);
     {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;
       op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack_);
@@ -191,7 +193,7 @@ class HostCall {
         continue;
       c.device.unsafeGetTensorImpl()->set_sizes_and_strides(c.host.sizes(), c.host.strides(),
                                                             c.host.storage_offset());
-      note(c.device, true, now_);
+      note({{c.device, true}}, now_);
     }
   }
 
@@ -232,7 +234,7 @@ class HostCall {
     if (host.numel() > 0)
       std::memcpy(host_of(device.storage().data()), host.const_data_ptr(),
                   device.storage().nbytes());
-    note(device, true, now_);
+    note({{device, true}}, now_);
     return device;
   }
 

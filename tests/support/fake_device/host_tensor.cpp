@@ -57,7 +57,7 @@ at::Tensor host_view(const at::Tensor& tensor) {
 }
 
 void note_access(const at::Tensor& tensor, bool is_write, const char* op) {
-  fake::note(tensor, is_write, fake::begin_op(op));
+  fake::note({{tensor, is_write}}, fake::begin_op(op));
 }
 
 }  // namespace capstan::test

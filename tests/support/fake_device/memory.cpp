@@ -206,12 +206,18 @@ bool is_pinned(const void* pointer) {
   return p < range->first + range->second;
 }
 
-void note(const at::Tensor& tensor, bool is_write, const Access& now) {
-  if (!tensor.defined() || tensor.numel() == 0) return;
+void note(const std::vector<Use>& uses, const Access& now) {
   std::lock_guard lock(state_mutex());
-  const auto [block, place] = memory().find(tensor.storage().data());
-  for (Region region : regions_of(tensor))
-    block->history.note({region.begin + place, region.end + place}, is_write, now);
+  const auto for_each = [&](auto method) {
+    for (const Use& use : uses) {
+      if (!use.tensor.defined() || use.tensor.numel() == 0) continue;
+      const auto [block, place] = memory().find(use.tensor.storage().data());
+      for (const Region region : regions_of(use.tensor))
+        (block->history.*method)({region.begin + place, region.end + place}, use.is_write, now);
+    }
+  };
+  for_each(&RegionHistory::check);
+  for_each(&RegionHistory::remember);
 }
 
 void keep_for(const void* pointer, int stream) {

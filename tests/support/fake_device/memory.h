@@ -16,9 +16,13 @@ c10::Allocator* pinned_allocator();
 bool is_device_pointer(const void* pointer);
 bool is_pinned(const void* pointer);
 
+struct Use {
+  at::Tensor tensor;
+  bool is_write;
+};
 // Throws MissingWait when `now` is not ordered behind the other streams' ops on these bytes; else
 // remembers it as their last read or write.
-void note(const at::Tensor& tensor, bool is_write, const Access& now);
+void note(const std::vector<Use>& uses, const Access& now);
 // The block is not given out again before what is queued on `stream` when it is freed is done.
 void keep_for(const void* pointer, int stream);
 

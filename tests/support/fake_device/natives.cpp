@@ -42,7 +42,7 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, Dtype d
 void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const bool from_pinned = is_pinned(from.storage().data());
   const Access now = begin_op("copy to the device");
-  note(to, true, now);
+  note({{to, true}}, now);
   arrive_for(from, now.stream);
   host_view(to).copy_(from);
   if (!non_blocking)
@@ -55,7 +55,7 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
 
 void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const Access now = begin_op("copy to the host");
-  note(from, false, now);
+  note({{from, false}}, now);
   if (non_blocking && is_pinned(to.storage().data())) {
     const at::Tensor value = at::empty_like(to);
     value.copy_(host_view(from));
@@ -68,8 +68,7 @@ void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blockin
 
 void copy_on_device(const at::Tensor& from, const at::Tensor& to) {
   const Access now = begin_op("copy");
-  note(from, false, now);
-  note(to, true, now);
+  note({{from, false}, {to, true}}, now);
   host_view(to).copy_(host_view(from));
 }
 
@@ -93,7 +92,7 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 at::Scalar local_scalar(const at::Tensor& tensor) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Access now = begin_op("item");
-  note(tensor, false, now);
+  note({{tensor, false}}, now);
   const at::Scalar value = at::_local_scalar_dense(host_view(tensor));
   synchronize_stream(now.stream);
   return value;

@@ -86,18 +86,26 @@ void RegionHistory::split_at(size_t place) {
   segments_.emplace_hint(after, place, std::prev(after)->second);
 }
 
-void RegionHistory::note(Region region, bool is_write, const Access& now) {
+auto RegionHistory::cut(Region region) -> std::pair<Segments::iterator, Segments::iterator> {
   split_at(region.begin);
   split_at(region.end);
-  const auto first = segments_.find(region.begin), last = segments_.find(region.end);
+  return {segments_.find(region.begin), segments_.find(region.end)};
+}
+
+void RegionHistory::check(Region region, bool is_write, const Access& now) {
+  const auto [first, last] = cut(region);
   const char* const does = is_write ? "writes" : "reads";
   for (auto s = first; s != last; ++s) {
     const Segment& segment = s->second;
     if (!is_ordered(segment.write, now.stream)) refuse(now, does, segment.write, "wrote");
-    if (is_write)
-      for (const Access& read : segment.reads)
-        if (!is_ordered(read, now.stream)) refuse(now, does, read, "reads");
+    if (!is_write) continue;
+    for (const Access& read : segment.reads)
+      if (!is_ordered(read, now.stream)) refuse(now, does, read, "reads");
   }
+}
+
+void RegionHistory::remember(Region region, bool is_write, const Access& now) {
+  const auto [first, last] = cut(region);
   if (is_write) {
     segments_.erase(std::next(first), last);
     first->second = {now, {}};

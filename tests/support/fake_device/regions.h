@@ -24,17 +24,22 @@ std::vector<Region> regions_of(const at::Tensor& tensor);
 class RegionHistory {
  public:
   void restart(size_t bytes, const Access& write);
-  void note(Region region, bool is_write, const Access& now);  // throws MissingWait
-  void check_reuse(int stream) const;                          // throws MissingWait
+  // Throw MissingWait.
+  void check(Region region, bool is_write, const Access& now);
+  void check_reuse(int stream) const;
+  void remember(Region region, bool is_write, const Access& now);
 
  private:
   struct Segment {
     Access write;
     std::vector<Access> reads;  // since the write, the last one of each stream
   };
+  using Segments = std::map<size_t, Segment>;  // by first byte; each ends where the next begins
+  // The segments of exactly this region.
+  std::pair<Segments::iterator, Segments::iterator> cut(Region region);
   void split_at(size_t place);
 
-  std::map<size_t, Segment> segments_;  // by first byte; each ends where the next begins
+  Segments segments_;
 };
 
 }  // namespace capstan::test::fake

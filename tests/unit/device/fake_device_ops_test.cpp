@@ -298,7 +298,8 @@ TEST_F(FakeDeviceOps, Factories_AgreeWithTheCpu) {
     expect_same(at::scalar_tensor(1, host), at::scalar_tensor(1, device), "scalar_tensor");
     EXPECT_EQ(at::empty({0, 4}, device).numel(), 0);
   }
-  expect_same(longs({4, 5}), at::tensor(std::vector<int64_t>{4, 5}, options_.dtype(at::kLong)), "tensor");
+  expect_same(longs({4, 5}), at::tensor(std::vector<int64_t>{4, 5}, options_.dtype(at::kLong)),
+              "tensor");
   expect_same(at::tril_indices(3, 3), at::tril_indices(3, 3, 0, options_.dtype(at::kLong)),
               "tril_indices");
   EXPECT_EQ(at::randn({3}, options_).isnan().sum().item<int64_t>(), 0);
