@@ -104,9 +104,6 @@ struct FakeGuard final : c10::impl::DeviceGuardImplInterface {
     set_current_stream(stream_id(stream));
     return previous;
   }
-  [[nodiscard]] bool queryStream(const c10::Stream& stream) const override {
-    return is_done(last_op(stream_id(stream), "query"));
-  }
   void synchronizeStream(const c10::Stream& stream) const override {
     synchronize_stream(stream_id(stream));
   }

@@ -116,7 +116,7 @@ class HostCall {
     }
     adopt_resized();
     give_results();
-    if (waits().contains(name_)) synchronize_stream(now_.stream);
+    if (does_wait()) synchronize_stream(now_.stream);
   }
 
  private:
@@ -168,6 +168,12 @@ class HostCall {
                 " is on ", tensor.device(), ", different from other tensors on ", fake_device(),
                 " (when checking argument in method ", schema_.name(), ")");
     if (is_index) count_host_sync();
+  }
+
+  [[nodiscard]] bool does_wait() const {
+    constexpr size_t kOutputSize = 1;
+    return waits().contains(name_) ||
+           (name_ == "repeat_interleave" && originals_.at(kOutputSize).isNone());
   }
 
   // One host storage for each device storage, so that arguments alias as before.

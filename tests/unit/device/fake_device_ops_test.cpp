@@ -175,6 +175,26 @@ TEST_F(FakeDeviceOps, Shapes_AgreeWithTheCpu) {
        [](const Tensors& x) {
          return Tensors{x[0].as_strided({3, 4}, {6, 1}, 2)};
        }},
+      {"index_copy_",
+       [](const Tensors& x) {
+         return Tensors{x[0].clone().index_copy_(0, x[2].slice(0, 2), x[1].slice(0, 2))};
+       }},
+      {"scatter_add_",
+       [](const Tensors& x) {
+         return Tensors{x[0].clone().scatter_add_(0, x[2].unsqueeze(1).expand({4, 6}), x[1])};
+       }},
+      {"expand and squeeze",
+       [](const Tensors& x) {
+         return Tensors{x[0].unsqueeze(1).expand({4, 3, 6}), x[0].unsqueeze(0).squeeze(0)};
+       }},
+      {"view of a type",
+       [](const Tensors& x) {
+         return Tensors{x[2].view(at::kInt), x[0].detach().view(at::kByte)};
+       }},
+      {"meshgrid and outer",
+       [](const Tensors& x) {
+         return Tensors{at::outer(x[0][0], x[1][1]), x[0].diagonal()};
+       }},
       {"embedding", [](const Tensors& x) { return Tensors{at::embedding(x[0], x[2])}; }},
       {"one_hot",
        [](const Tensors& x) {
@@ -216,6 +236,22 @@ TEST_F(FakeDeviceOps, Elementwise_AgreesWithTheCpu) {
       {"fill",
        [](const Tensors& x) {
          return Tensors{at::zeros_like(x[0]), at::full_like(x[0], 3)};
+       }},
+      {"xlogy and logaddexp",
+       [](const Tensors& x) {
+         return Tensors{at::xlogy(x[0], x[1].abs()), at::logaddexp(x[0], x[1])};
+       }},
+      {"rounding",
+       [](const Tensors& x) {
+         return Tensors{at::floor_divide(x[0].detach(), 0.5), x[1].abs().rsqrt(), x[0].round()};
+       }},
+      {"isfinite",
+       [](const Tensors& x) {
+         return Tensors{at::isfinite(x[0]), x[0].isnan(), at::nan_to_num(x[1])};
+       }},
+      {"bernoulli of ones",
+       [](const Tensors& x) {
+         return Tensors{at::bernoulli(at::ones_like(x[0])), at::dropout(x[1], 0, true)};
        }},
       {"bfloat16",
        [](const Tensors& x) { return Tensors{x[0].to(at::kBFloat16) * x[1].to(at::kBFloat16)}; }},
@@ -322,6 +358,21 @@ TEST_F(FakeDeviceOps, Copies_ConvertTypesAndStrides) {
   EXPECT_EQ(device[1][2].item<float>(), host[1][2].item<float>());
 }
 
+TEST_F(FakeDeviceOps, PinnedAndBorrowedMemory_KeepTheirPlace) {
+  const at::Tensor host = at::randn({8}), pinned = host.pin_memory();
+  EXPECT_TRUE(pinned.is_pinned());
+  EXPECT_TRUE(at::equal(pinned, host));
+  EXPECT_TRUE(at::empty({3}, at::TensorOptions().pinned_memory(true)).is_pinned());
+  const int64_t before = host_syncs_of_thread();
+  const at::Tensor device = pinned.to(fake_device(), /*non_blocking=*/true);
+  EXPECT_EQ(host_syncs_of_thread(), before);
+  const at::Tensor borrowed = at::from_blob(device.data_ptr(), {2, 4}, options_.dtype(at::kFloat));
+  EXPECT_TRUE(borrowed.is_privateuseone());
+  borrowed.mul_(2);
+  EXPECT_TRUE(at::equal(device.cpu(), host * 2));
+  device.record_stream(c10::Stream(c10::Stream::DEFAULT, fake_device()));
+}
+
 TEST_F(FakeDeviceOps, OutArguments_AreWrittenAndResized) {
   const at::Tensor a = at::randn({4, 6}), b = at::randn({6, 3});
   at::Tensor fits = at::empty({4, 3}, options_), grows = at::empty({0}, options_);
@@ -333,6 +384,10 @@ TEST_F(FakeDeviceOps, OutArguments_AreWrittenAndResized) {
   expect_same(a.mm(b), grows, "mm out, resized");
   at::Tensor values = at::empty({0}, options_), indices = at::empty({0}, options_.dtype(at::kLong));
   at::topk_out(values, indices, on_device(a), 2, 1);
+  at::Tensor product = at::empty({4, 3}, options_);
+  at::matmul_out(product, on_device(a), on_device(b));
+  at::addmm_out(product, product, on_device(a), on_device(b));
+  expect_same(a.mm(b).addmm_(a, b), product, "addmm out of itself");
   expect_same(std::get<1>(a.topk(2, 1)), indices, "topk out, resized");
   at::Tensor sum = on_device(a.mm(b));
   EXPECT_TRUE(sum.addmm_(on_device(a), on_device(b)).is_same(sum));
