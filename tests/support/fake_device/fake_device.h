@@ -10,7 +10,8 @@
 //  - host memory: a non-blocking copy to pinned memory arrives when the host waits for it (NaN
 //    until then); changing the pinned source of a copy before it is done throws MissingWait.
 // A blocking copy, item() and ops such as nonzero wait for the current stream and count as host
-// waits. All thread ranks share the device and its default stream. Thread-safe.
+// waits; so do non-blocking copies that are none on CUDA (pageable memory, other types, gaps). All
+// thread ranks share the device and its default stream. Thread-safe.
 #pragma once
 #include <ATen/core/Tensor.h>
 

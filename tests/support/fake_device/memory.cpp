@@ -107,7 +107,9 @@ class Memory {
     for (auto f = last; f != first;) {  // the one freed last
       const auto block = blocks_.find((--f)->second);
       auto& awaited = block->second.awaited;
-      if (!std::all_of(awaited.begin(), awaited.end(), is_done)) continue;
+      if (!std::all_of(awaited.begin(), awaited.end(),
+                       [&](const Access& op) { return is_ordered(op, stream); }))
+        continue;
       awaited.clear();
       block->second.history.check_reuse(stream);
       free_.erase(f);

@@ -39,15 +39,20 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, Dtype d
   return empty_device(sizes, strides, c10::dtype_or_default(dtype));
 }
 
+// CUDA takes the way over a pageable CPU tensor when types differ or the host's has gaps.
+bool is_asynchronous(const at::Tensor& host, const at::Tensor& device) {
+  return is_pinned(host.storage().data()) && host.is_contiguous() &&
+         host.scalar_type() == device.scalar_type();
+}
+
 void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
-  const bool from_pinned = is_pinned(from.storage().data());
   const Access now = begin_op("copy to the device");
   note({{to, true}}, now);
   arrive_for(from, now.stream);
   host_view(to).copy_(from);
   if (!non_blocking)
     synchronize_stream(now.stream);
-  else if (from_pinned)
+  else if (is_asynchronous(from, to))
     hold_source(from, now);
   else
     count_host_sync();  // the driver stages pageable memory
@@ -56,7 +61,7 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
 void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const Access now = begin_op("copy to the host");
   note({{from, false}}, now);
-  if (non_blocking && is_pinned(to.storage().data())) {
+  if (non_blocking && is_asynchronous(to, from)) {
     const at::Tensor value = at::empty_like(to);
     value.copy_(host_view(from));
     arrive_later(to, value, now);

@@ -223,10 +223,10 @@ TEST_F(FakeDevice, CopyToPinned_ArrivesWhenTheHostWaits) {
   EXPECT_EQ(host_syncs(), before + 1);
   EXPECT_EQ(pinned.sum().item<float>(), 28);
   EXPECT_EQ(back.sum().item<float>(), 28);
-  const at::Tensor half = t.to(at::device(at::kCPU).dtype(at::kHalf), /*non_blocking=*/true);
-  EXPECT_TRUE(half.isnan().all().item<bool>());
+  const at::Tensor host = t.to(at::kCPU, /*non_blocking=*/true);
+  EXPECT_TRUE(host.isnan().all().item<bool>());
   gpu_.synchronize(gpu_.current_stream());
-  EXPECT_EQ(half.sum().item<float>(), 0);
+  EXPECT_EQ(host.sum().item<float>(), 0);
 }
 
 TEST_F(FakeDevice, ChangedPinnedSource_IsAMissingWait) {
@@ -257,6 +257,11 @@ TEST_F(FakeDevice, HostWaits_AreCounted) {
   EXPECT_GE(waits([&] { (void)t.index({t.gt(2)}); }), 1);
   EXPECT_EQ(waits([&] { t.copy_(at::ones({8})); }), 1);
   EXPECT_EQ(waits([&] { t.copy_(gpu_.empty_pinned({8}, at::kFloat), true); }), 0);
+  EXPECT_EQ(waits([&] { t.copy_(gpu_.empty_pinned({8}, at::kDouble), true); }), 1);
+  EXPECT_EQ(waits([&] { t.copy_(at::ones({8}), true); }), 1);
+  EXPECT_EQ(waits([&] { gpu_.empty_pinned({8}, at::kFloat).copy_(t, true); }), 0);
+  EXPECT_EQ(waits([&] { gpu_.empty_pinned({8}, at::kHalf).copy_(t, true); }), 1);
+  EXPECT_EQ(waits([&] { (void)at::arange(8, on_device_).add(at::scalar_tensor(1)); }), 0);
 }
 
 TEST_F(FakeDevice, ManyThreads_ShareTheDevice) {
