@@ -86,6 +86,25 @@ TEST_F(FakeDeviceAutograd, Backward_RunsOnTheForwardsStream) {
   EXPECT_EQ(x.grad().sum().item<float>(), 48);  // ordered behind backward by LibTorch
 }
 
+TEST_F(FakeDeviceAutograd, BranchesOnTwoStreams_MeetInOneGradient) {
+  const Stream main = gpu_.current_stream();
+  const Stream sides[] = {gpu_.create_stream(false), gpu_.create_stream(true)};
+  const at::Tensor x = leaf(4, 2);
+  at::globalContext().setWarnOnAccumulateGradStreamMismatch(false);
+  for (int step = 1; step <= 3; ++step) {
+    std::vector<at::Tensor> branches;
+    for (const Stream side : sides) {
+      order(main, side);
+      const StreamGuard guard(gpu_, side);
+      branches.push_back(Square::apply(x));
+      order(side, main);
+    }
+    at::add(branches[0], branches[1]).sum().backward();
+    for (const at::Tensor& branch : branches) gpu_.keep_for(branch, main);
+    EXPECT_EQ(x.grad().sum().item<float>(), 96.0F * static_cast<float>(step));
+  }
+}
+
 TEST_F(FakeDeviceAutograd, SideWorkInsideAStep_IsOrderedByEventsAlone) {
   const Stream side = gpu_.create_stream(false), main = gpu_.current_stream();
   const at::Tensor weight = leaf(6, 1);

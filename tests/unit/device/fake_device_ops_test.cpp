@@ -44,17 +44,17 @@ void expect_same(const at::Tensor& host, const at::Tensor& device, const char* w
   EXPECT_TRUE(device.is_privateuseone()) << what;
   EXPECT_EQ(device.scalar_type(), host.scalar_type()) << what;
   ASSERT_EQ(device.sizes(), host.sizes()) << what;
+  EXPECT_EQ(device.strides(), host.strides()) << what;
   EXPECT_TRUE(at::equal(device.cpu(), host)) << what << "\n" << device.cpu() << "\n" << host;
 }
 
-// Runs fn on both, then backward from the floating results to the floating inputs.
+// Runs fn, then backward from the sum of its squared results; gives results and gradients.
 Tensors run(const Fn& fn, const Tensors& inputs, const c10::Device& device) {
-  Tensors leaves, results;
+  Tensors leaves;
   for (const at::Tensor& t : inputs)
     leaves.push_back(t.to(device, t.scalar_type(), false, true)
                          .set_requires_grad(at::isFloatingType(t.scalar_type())));
-  Tensors roots;
-  results = fn(leaves);
+  Tensors results = fn(leaves);
   at::Tensor loss;
   for (const at::Tensor& r : results)
     if (r.requires_grad()) {
