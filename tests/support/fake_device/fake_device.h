@@ -32,13 +32,15 @@ class MissingWait : public std::runtime_error {
 device::Accelerator& install_fake_device();
 [[nodiscard]] c10::Device fake_device();
 
-// Where the bytes of a device pointer live. Not checked for races.
+// Where the bytes of a device pointer live. Not checked for races; freed memory is refused. Writing
+// past the end of a tensor's memory this way ends the program when that memory is freed.
 [[nodiscard]] void* host_of(const void* device_pointer);
 // The same memory as a CPU tensor, which keeps the device tensor alive. Not checked for races.
 [[nodiscard]] at::Tensor host_view(const at::Tensor& tensor);
 // Checks and remembers an access of the current stream, as an op named `op` (a literal) would: for
 // communicators and kernels that work on host_view() themselves.
 void note_access(const at::Tensor& tensor, bool is_write, const char* op);
+void note_access(const void* device_pointer, size_t bytes, bool is_write, const char* op);
 
 // How often the host waited for the device: all threads, and this one.
 [[nodiscard]] int64_t host_syncs();

@@ -60,4 +60,8 @@ void note_access(const at::Tensor& tensor, bool is_write, const char* op) {
   fake::note({{tensor, is_write}}, fake::begin_op(op));
 }
 
+void note_access(const void* device_pointer, size_t bytes, bool is_write, const char* op) {
+  fake::note(device_pointer, bytes, is_write, fake::begin_op(op));
+}
+
 }  // namespace capstan::test

@@ -18,10 +18,11 @@ namespace {
 
 constexpr size_t kRangeBytes = size_t{64} << 30;
 constexpr size_t kRoundBytes = 512;
-constexpr int kNaNByte = 0xFF;
+constexpr size_t kGuardBytes = 512;  // behind every block
+constexpr char kNaNByte = '\xFF';
 
 struct Block {
-  size_t bytes = 0;
+  size_t bytes = 0, asked_bytes = 0;
   int stream = 0;
   bool is_free = false;
   std::vector<int> kept_for;
@@ -49,6 +50,7 @@ class Memory {
     auto block = find_free(bytes, stream);
     if (block == blocks_.end()) block = take_new(bytes, stream);
     block->second.is_free = false;
+    block->second.asked_bytes = asked_bytes;
     block->second.history.restart(bytes, last_op(stream, "allocation"));
     allocated_ += bytes;
     peak_ = std::max(peak_, allocated_);
@@ -59,6 +61,7 @@ class Memory {
     std::lock_guard lock(state_mutex());
     const size_t begin = offset_of(pointer);
     Block& block = blocks_.at(begin);
+    check_guard(begin, block);
     std::memset(host_ + begin, kNaNByte, block.bytes);
     for (const int stream : block.kept_for) block.awaited.push_back(last_op(stream, "keep_for"));
     block.kept_for.clear();
@@ -76,6 +79,13 @@ class Memory {
     TORCH_CHECK(place < block->first + block->second.bytes && !block->second.is_free,
                 "freed memory of the fake device is used");
     return {&block->second, place - block->first};
+  }
+
+  // For kernels: a live block, or a place just behind one (of a tensor without elements).
+  void check_live(const void* pointer) {
+    const size_t place = offset_of(pointer);
+    const auto block = std::prev(blocks_.upper_bound(place));
+    TORCH_CHECK(!block->second.is_free, "freed memory of the fake device is used");
   }
 
   [[nodiscard]] bool contains(const void* pointer) const {
@@ -118,12 +128,22 @@ class Memory {
     return blocks_.end();
   }
 
+  // Called when freeing, which cannot throw.
+  void check_guard(size_t begin, const Block& block) const {
+    const char* const first = host_ + begin + block.asked_bytes;
+    const char* const last = host_ + begin + block.bytes + kGuardBytes;
+    if (std::all_of(first, last, [](char byte) { return byte == kNaNByte; })) return;
+    fmt::print(stderr, "fake device: something wrote past the end of {} bytes of memory\n",
+               block.asked_bytes);
+    std::abort();
+  }
+
   Blocks::iterator take_new(size_t bytes, int stream) {
-    TORCH_CHECK_WITH(OutOfMemoryError, used_ + bytes <= kRangeBytes,
+    TORCH_CHECK_WITH(OutOfMemoryError, used_ + bytes + kGuardBytes <= kRangeBytes,
                      "the fake device's address range is used up");
     const auto block = blocks_.emplace(used_, Block{.bytes = bytes, .stream = stream}).first;
-    std::memset(host_ + used_, kNaNByte, bytes);
-    used_ += bytes;
+    std::memset(host_ + used_, kNaNByte, bytes + kGuardBytes);
+    used_ += bytes + kGuardBytes;
     return block;
   }
 
@@ -222,6 +242,15 @@ void note(const std::vector<Use>& uses, const Access& now) {
   for_each(&RegionHistory::remember);
 }
 
+void note(const void* pointer, size_t bytes, bool is_write, const Access& now) {
+  if (bytes == 0) return;
+  std::lock_guard lock(state_mutex());
+  const auto [block, place] = memory().find(pointer);
+  TORCH_CHECK(place + bytes <= block->asked_bytes, now.op, " goes past the end of its memory");
+  block->history.check({place, place + bytes}, is_write, now);
+  block->history.remember({place, place + bytes}, is_write, now);
+}
+
 void keep_for(const void* pointer, int stream) {
   if (!pointer) return;
   std::lock_guard lock(state_mutex());
@@ -243,7 +272,10 @@ void reset_peak() {
 namespace capstan::test {
 
 void* host_of(const void* device_pointer) {
-  return device_pointer ? fake::memory().host_of(device_pointer) : nullptr;
+  if (!device_pointer) return nullptr;
+  std::lock_guard lock(fake::state_mutex());
+  fake::memory().check_live(device_pointer);
+  return fake::memory().host_of(device_pointer);
 }
 
 void set_fake_memory_bytes(int64_t bytes) {

@@ -23,6 +23,7 @@ struct Use {
 // Throws MissingWait when `now` is not ordered behind the other streams' ops on these bytes; else
 // remembers it as their last read or write.
 void note(const std::vector<Use>& uses, const Access& now);
+void note(const void* pointer, size_t bytes, bool is_write, const Access& now);
 // The block is not given out again before what is queued on `stream` when it is freed is done.
 void keep_for(const void* pointer, int stream);
 

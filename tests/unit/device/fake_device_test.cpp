@@ -78,6 +78,32 @@ TEST_F(FakeDevice, NewAndFreedMemory_HoldsNaN) {
   EXPECT_TRUE(std::isnan(*static_cast<const float*>(bytes)));
 }
 
+TEST_F(FakeDevice, KernelPastTheEnd_EndsTheProgram) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_DEATH(
+      {
+        const at::Tensor t = at::zeros({7}, on_device_);
+        static_cast<float*>(host_of(t.data_ptr()))[7] = 0;
+      },
+      "wrote past the end of 28 bytes");
+}
+
+TEST_F(FakeDevice, KernelOnRawPointers_IsChecked) {
+  const Stream side = gpu_.create_stream(false);
+  at::Tensor t = at::zeros({8}, on_device_);
+  const void* const pointer = t.data_ptr();
+  note_access(pointer, 32, /*is_write=*/true, "kernel");
+  EXPECT_THAT(message_of([&] { note_access(pointer, 33, false, "kernel"); }),
+              HasSubstr("kernel goes past the end"));
+  {
+    const StreamGuard guard(gpu_, side);
+    EXPECT_THROW(note_access(t, false, "kernel"), MissingWait);
+  }
+  (void)host_of(static_cast<const float*>(pointer) + 8);  // of no elements
+  t.reset();
+  EXPECT_THAT(message_of([&] { (void)host_of(pointer); }), HasSubstr("freed memory"));
+}
+
 TEST_F(FakeDevice, Memory_IsCountedAndReused) {
   const int64_t before = gpu_.memory().allocated_bytes;
   gpu_.reset_peak();
