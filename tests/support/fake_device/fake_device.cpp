@@ -159,10 +159,13 @@ struct FakeHooks final : at::PrivateUse1HooksInterface {
   }
 };
 
+// At program start: the first backward, be it one on the CPU, starts LibTorch's backward threads for
+// the devices that have a guard by then.
+const c10::impl::DeviceGuardImplRegistrar guard(c10::kPrivateUse1, new FakeGuard);
+
 device::Accelerator* install() {
   c10::register_privateuse1_backend("fake");
   c10::SetAllocator(c10::kPrivateUse1, device_allocator());
-  static const c10::impl::DeviceGuardImplRegistrar guard(c10::kPrivateUse1, new FakeGuard);
   at::RegisterPrivateUse1HooksInterface(new FakeHooks);
   register_ops();
   auto* const accelerator = new FakeAccelerator;

@@ -27,8 +27,7 @@ class MissingWait : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Registers everything and installs the accelerator; further calls return the same one. Before the
-// first backward of the process: LibTorch starts its device threads then, for the devices it knows.
+// Registers everything and installs the accelerator; further calls return the same one.
 device::Accelerator& install_fake_device();
 [[nodiscard]] c10::Device fake_device();
 
