@@ -159,8 +159,8 @@ struct FakeHooks final : at::PrivateUse1HooksInterface {
   }
 };
 
-// At program start: the first backward, be it one on the CPU, starts LibTorch's backward threads for
-// the devices that have a guard by then.
+// At program start: the first backward, be it one on the CPU, starts LibTorch's backward threads
+// for the devices that have a guard by then.
 const c10::impl::DeviceGuardImplRegistrar guard(c10::kPrivateUse1, new FakeGuard);
 
 device::Accelerator* install() {

@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "capstan/device/accelerator.h"
 
@@ -44,6 +45,8 @@ void note_access(const void* device_pointer, size_t bytes, bool is_write, const 
 // How often the host waited for the device: all threads, and this one.
 [[nodiscard]] int64_t host_syncs();
 [[nodiscard]] int64_t host_syncs_of_thread();
+// What the last `count` of them were, for the message of a failed test: "item, aten::nonzero".
+[[nodiscard]] std::string last_host_syncs(int64_t count);
 
 // Allocating more than this throws c10::OutOfMemoryError.
 void set_fake_memory_bytes(int64_t bytes);

@@ -116,7 +116,7 @@ class HostCall {
     }
     adopt_resized();
     give_results();
-    if (does_wait()) synchronize_stream(now_.stream);
+    if (does_wait()) synchronize_stream(now_.stream, now_.op);
   }
 
  private:
@@ -167,7 +167,7 @@ class HostCall {
                 "Expected all tensors to be on the same device, but got ", argument.name(),
                 " is on ", tensor.device(), ", different from other tensors on ", fake_device(),
                 " (when checking argument in method ", schema_.name(), ")");
-    if (is_index) count_host_sync();
+    if (is_index) count_host_sync("indices on the CPU");
   }
 
   [[nodiscard]] bool does_wait() const {

@@ -51,11 +51,11 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
   arrive_for(from, now.stream);
   host_view(to).copy_(from);
   if (!non_blocking)
-    synchronize_stream(now.stream);
+    synchronize_stream(now.stream, now.op);
   else if (is_asynchronous(from, to))
     hold_source(from, now);
   else
-    count_host_sync();  // the driver stages pageable memory
+    count_host_sync("unpinned copy to the device");  // the driver stages pageable memory
 }
 
 void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -68,7 +68,7 @@ void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blockin
     return;
   }
   to.copy_(host_view(from));
-  synchronize_stream(now.stream);
+  synchronize_stream(now.stream, now.op);
 }
 
 void copy_on_device(const at::Tensor& from, const at::Tensor& to) {
@@ -99,7 +99,7 @@ at::Scalar local_scalar(const at::Tensor& tensor) {
   const Access now = begin_op("item");
   note({{tensor, false}}, now);
   const at::Scalar value = at::_local_scalar_dense(host_view(tensor));
-  synchronize_stream(now.stream);
+  synchronize_stream(now.stream, now.op);
   return value;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/host_copies.h"
@@ -23,6 +24,11 @@ Timeline& timeline() {
 
 std::atomic<int64_t> syncs = 0;
 thread_local int64_t thread_syncs = 0;
+constexpr size_t kNamedSyncs = 256;
+std::deque<const char*>& sync_names() {
+  static auto* const names = new std::deque<const char*>;
+  return *names;
+}
 thread_local int thread_stream = 0;
 
 uint64_t at(const Clock& clock, int stream) {
@@ -106,27 +112,30 @@ bool poll(EventState& event) {
 
 void synchronize(const EventState& event) {
   std::lock_guard lock(state_mutex());
-  count_host_sync();
+  count_host_sync("synchronize(event)");
   finish(event.clock);
 }
 
-void synchronize_stream(int stream) {
+void synchronize_stream(int stream, const char* reason) {
   std::lock_guard lock(state_mutex());
-  count_host_sync();
+  count_host_sync(reason);
   finish(clock_of(stream));
 }
 
 void synchronize_device() {
   std::lock_guard lock(state_mutex());
-  count_host_sync();
+  count_host_sync("synchronize(device)");
   Clock all;
   for (const Clock& clock : timeline().streams) raise(all, clock);
   finish(all);
 }
 
-void count_host_sync() {
+void count_host_sync(const char* reason) {
+  std::lock_guard lock(state_mutex());
   ++syncs;
   ++thread_syncs;
+  sync_names().push_back(reason);
+  if (sync_names().size() > kNamedSyncs) sync_names().pop_front();
 }
 
 }  // namespace capstan::test::fake
@@ -135,5 +144,15 @@ namespace capstan::test {
 
 int64_t host_syncs() { return fake::syncs; }
 int64_t host_syncs_of_thread() { return fake::thread_syncs; }
+
+std::string last_host_syncs(int64_t count) {
+  std::lock_guard lock(fake::state_mutex());
+  const auto& names = fake::sync_names();
+  std::string text;
+  const size_t shown = std::min(names.size(), static_cast<size_t>(std::max<int64_t>(count, 0)));
+  for (size_t i = names.size() - shown; i < names.size(); ++i)
+    text += (text.empty() ? "" : ", ") + std::string(names[i]);
+  return text;
+}
 
 }  // namespace capstan::test

@@ -41,8 +41,8 @@ void record(EventState& event, int stream);
 void wait(int stream, const EventState& event);
 bool poll(EventState& event);
 void synchronize(const EventState& event);  // both count as host waits
-void synchronize_stream(int stream);
+void synchronize_stream(int stream, const char* reason = "synchronize(stream)");
 void synchronize_device();
-void count_host_sync();  // without effect on the clocks
+void count_host_sync(const char* reason);  // a literal; without effect on the clocks
 
 }  // namespace capstan::test::fake

@@ -280,6 +280,7 @@ TEST_F(FakeDevice, HostWaits_AreCounted) {
   EXPECT_EQ(waits([&] { (void)t[3].item<float>(); }), 1);
   EXPECT_EQ(waits([&] { (void)t.cpu(); }), 1);
   EXPECT_EQ(waits([&] { (void)t.nonzero(); }), 1);
+  EXPECT_EQ(last_host_syncs(3), "item, copy to the host, aten::nonzero");
   EXPECT_GE(waits([&] { (void)t.index({t.gt(2)}); }), 1);
   EXPECT_EQ(waits([&] { t.copy_(at::ones({8})); }), 1);
   EXPECT_EQ(waits([&] { t.copy_(gpu_.empty_pinned({8}, at::kFloat), true); }), 0);
