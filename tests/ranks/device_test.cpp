@@ -136,8 +136,8 @@ TEST_P(OnADevice, TheRunByOurKernelsToo) {
   EXPECT_LE((got.cached_logits - expected.cached_logits).abs().max().item<double>(), 1e-10);
 }
 
-INSTANTIATE_TEST_SUITE_P(Runs, OnADevice, ::testing::ValuesIn(cases()), [](const auto& info) {
-  std::string name = info.param.name;
+INSTANTIATE_TEST_SUITE_P(Runs, OnADevice, ::testing::ValuesIn(cases()), [](const auto& one) {
+  std::string name = one.param.name;
   std::replace_if(
       name.begin(), name.end(), [](char c) { return !std::isalnum(c); }, '_');
   return name;
@@ -160,7 +160,8 @@ TEST(Device, TheHostWaitsTwiceInAStep) {
         (void)engine.step(make_batches(engine.plan(), rank, 0), *objective);
         const int64_t before = test::host_syncs();
         (void)engine.step(make_batches(engine.plan(), rank, 1), *objective);
-        EXPECT_LE(test::host_syncs() - before, 2);
+        const int64_t waits = test::host_syncs() - before;
+        EXPECT_LE(waits, 2) << test::last_host_syncs(waits);
       },
       on_own_thread());
 }
