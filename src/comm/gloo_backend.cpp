@@ -44,7 +44,9 @@ class GlooWork final : public WorkState, public std::enable_shared_from_this<Glo
       // An abort ends the wait at once, whatever gloo does; the operation that failed first still
       // says why.
       changed_.wait(lock, [this] { return done_ || (job_->is_aborted() && !failing_); });
+      lock.unlock();
       job_->clear_wait(id);
+      lock.lock();
       if (!done_) throw job_->aborted_error(note.title);
     }
     if (failure_) std::rethrow_exception(failure_);

@@ -199,16 +199,16 @@ void GlooJob::abort(const std::string& reason) noexcept {
 
 void GlooJob::abort_here(const std::string& reason) noexcept {
   std::vector<std::weak_ptr<GlooTransport>> transports;
-  std::vector<std::function<void()>> wakes;
   {
     std::lock_guard lock(mutex_);
     if (aborted_) return;
     reason_ = reason;
     aborted_ = true;
     transports = transports_;
-    for (const auto& [id, wait] : waits_) wakes.push_back(wait.wake);
+    // Called in place: a copy that outlives its waiter would end this job in its own watcher
+    // thread.
+    for (const auto& [id, wait] : waits_) wait.wake();
   }
-  for (const auto& wake : wakes) wake();
   for (const auto& weak : transports)
     if (const auto transport = weak.lock()) transport->close_connections();
 }

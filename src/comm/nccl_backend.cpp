@@ -184,7 +184,7 @@ std::shared_ptr<Backend> NcclBackend::split(const std::string& axis,
 
 void NcclBackend::abort(const std::string& reason) noexcept {
   control_->abort(reason);
-  job_->close_channels();
+  if (!job_->device()->is_explaining()) job_->close_channels();  // else the watcher does
 }
 
 Communicator make_nccl_communicator(const Communicator& control, std::shared_ptr<NcclApi> api,

@@ -30,20 +30,31 @@ NcclChannel::~NcclChannel() {
 }
 
 void NcclChannel::submit(const std::shared_ptr<NcclWork>& work) {
-  {
-    std::lock_guard lock(mutex_);
-    settle_locked();
-    outstanding_.push_back(work);
-    if (!is_ready_) {
-      backlog_.push_back(work);
-      if (!std::exchange(is_started_, true)) {
-        stream_ = device_->accelerator.create_stream(true);
-        std::thread([self = shared_from_this()] { self->start(); }).detach();
-      }
+  const std::string& title = work->place().note.title;
+  switch (enqueue(work)) {
+    case Next::kLaunch:
+      if (const auto failure = launch(work)) std::rethrow_exception(failure);
       return;
-    }
+    case Next::kLaunchedLater:
+      return;
+    case Next::kRefuse:
+      work->fail(std::make_exception_ptr(device_->book->aborted_error(title)));
+      device_->rethrow_end(title);
   }
-  if (const auto failure = launch(work)) std::rethrow_exception(failure);
+}
+
+NcclChannel::Next NcclChannel::enqueue(const std::shared_ptr<NcclWork>& work) {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) return Next::kRefuse;
+  settle_locked();
+  outstanding_.push_back(work);
+  if (is_ready_) return Next::kLaunch;
+  backlog_.push_back(work);
+  if (!std::exchange(is_started_, true)) {
+    stream_ = device_->accelerator.create_stream(true);
+    std::thread([self = shared_from_this()] { self->start(); }).detach();
+  }
+  return Next::kLaunchedLater;
 }
 
 // The thread owns the channel: NCCL cannot be woken while a communicator is made, so nobody joins
@@ -53,7 +64,7 @@ void NcclChannel::start() {
   try {
     if (!make_communicator()) return;
   } catch (const std::exception& e) {
-    if (const auto work = head()) work->fail(explain(*work, e.what()));
+    if (const auto work = head()) explain(*work, e.what());
     return;
   }
   launch_backlog();
@@ -94,7 +105,7 @@ void NcclChannel::launch_backlog() {
 std::exception_ptr NcclChannel::launch(const std::shared_ptr<NcclWork>& work) {
   const std::string error = call_nccl(*work);
   if (error.empty()) return nullptr;
-  work->fail(explain(*work, error));
+  explain(*work, error);
   return work->failure();
 }
 
@@ -117,9 +128,8 @@ std::string NcclChannel::call_nccl(NcclWork& work) {
   return {};
 }
 
-std::exception_ptr NcclChannel::explain(const NcclWork& work, const std::string& got) const {
-  const auto& note = work.place().note;
-  return device_->fail({.title = note.title, .got = got, .fix = kLookElsewhere}, note);
+void NcclChannel::explain(NcclWork& work, const std::string& got) const {
+  device_->fail(work, {.title = work.place().note.title, .got = got, .fix = kLookElsewhere});
 }
 
 std::shared_ptr<NcclWork> NcclChannel::head() {

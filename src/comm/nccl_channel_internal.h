@@ -49,13 +49,15 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
   [[nodiscard]] bool is_closed() const { return is_closed_; }
 
  private:
+  enum class Next { kLaunch, kLaunchedLater, kRefuse };
+  [[nodiscard]] Next enqueue(const std::shared_ptr<NcclWork>& work);
   void start();
   [[nodiscard]] bool make_communicator();
   void launch_backlog();
   // Returns the failure of the work, if any.
   [[nodiscard]] std::exception_ptr launch(const std::shared_ptr<NcclWork>& work);
   [[nodiscard]] std::string call_nccl(NcclWork& work);
-  [[nodiscard]] std::exception_ptr explain(const NcclWork& work, const std::string& got) const;
+  void explain(NcclWork& work, const std::string& got) const;
   [[nodiscard]] std::shared_ptr<NcclWork> head();
   [[nodiscard]] std::optional<std::string> async_error() const;  // with the mutex held
   void settle_locked();

@@ -76,9 +76,9 @@ void NcclJob::check_channels() {
     if (device_->book->is_aborted()) break;
     const auto trouble = channel->check();
     if (!trouble) continue;
-    trouble->work->fail(device_->fail(trouble->failure, trouble->work->place().note));
+    device_->fail(*trouble->work, trouble->failure);
   }
-  if (device_->book->is_aborted()) close_channels();
+  if (device_->book->is_aborted() && !device_->is_explaining()) close_channels();
 }
 
 }  // namespace capstan::comm

@@ -38,19 +38,24 @@ void NcclDevice::give_back(device::Event event) {
   events_.push_back(event);
 }
 
-std::exception_ptr NcclDevice::fail(const WaitFailure& failure, const WaitNote& note) {
+void NcclDevice::fail(NcclWork& work, const WaitFailure& failure) {
   {
     std::lock_guard lock(mutex_);
     ++explaining_;
   }
-  std::exception_ptr found = book->fail(failure, note);
+  const std::exception_ptr found = book->fail(failure, work.place().note);
+  work.fail(found);
   {
     std::lock_guard lock(mutex_);
     --explaining_;
     if (!failure_) failure_ = found;
   }
   explained_.notify_all();
-  return found;
+}
+
+bool NcclDevice::is_explaining() const {
+  std::lock_guard lock(mutex_);
+  return explaining_ > 0;
 }
 
 void NcclDevice::rethrow_end(const std::string& where) {

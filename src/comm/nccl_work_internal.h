@@ -16,6 +16,7 @@
 namespace capstan::comm {
 
 // What the NCCL groups of one rank share. Thread-safe.
+class NcclWork;
 struct NcclDevice {
   NcclDevice(std::shared_ptr<NcclApi> api, device::Accelerator& accelerator,
              std::shared_ptr<WaitBook> book, std::shared_ptr<RankState> state);
@@ -26,9 +27,11 @@ struct NcclDevice {
   [[nodiscard]] device::Event take_event();
   void give_back(device::Event event);
 
-  // Explains a failure and ends the job. What it returns is also what later calls of this rank
-  // throw.
-  [[nodiscard]] std::exception_ptr fail(const WaitFailure& failure, const WaitNote& note);
+  // Explains a failure, ends the job and fails the work with what it found, which later calls of
+  // this rank throw as well.
+  void fail(NcclWork& work, const WaitFailure& failure);
+  // Nobody else may end the works meanwhile: they would hide the explanation.
+  [[nodiscard]] bool is_explaining() const;
   // Of a job that has ended.
   [[noreturn]] void rethrow_end(const std::string& where);
 
@@ -38,7 +41,7 @@ struct NcclDevice {
   const std::shared_ptr<RankState> state;
 
  private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::vector<device::Event> events_;  // free ones
   std::condition_variable explained_;
   int explaining_ = 0;
