@@ -111,21 +111,27 @@ std::exception_ptr NcclChannel::launch(const std::shared_ptr<NcclWork>& work) {
 
 // Returns what went wrong.
 std::string NcclChannel::call_nccl(NcclWork& work) {
-  std::lock_guard launching(launch_mutex_);
   NcclComm comm;
   {
     std::lock_guard lock(mutex_);
     if (is_closed_) return {};  // the operation has failed by now
+    is_launching_ = true;
     comm = comm_;
   }
+  std::string error;
   try {
     device_->accelerator.wait(stream_, work.ready());
     launch_on_nccl({*device_->api, comm, stream_, place_.rank, place_.size}, work.request());
     work.set_launched(stream_);
   } catch (const std::exception& e) {
-    return e.what();
+    error = e.what();
   }
-  return {};
+  {
+    std::lock_guard lock(mutex_);
+    is_launching_ = false;
+  }
+  launched_.notify_all();
+  return error;
 }
 
 void NcclChannel::explain(NcclWork& work, const std::string& got) const {
@@ -184,8 +190,11 @@ void NcclChannel::close(const Reason& why) {
     comm = std::exchange(comm_, NcclComm{});
   }
   for (const auto& work : failed) work->fail(why(*work));
-  // A launch lasts microseconds, unless NCCL connects and waits: then only the abort ends it.
-  std::unique_lock launching(launch_mutex_, kLaunchPatience);
+  {
+    // A launch lasts microseconds, unless NCCL connects and waits: then only the abort ends it.
+    std::unique_lock lock(mutex_);
+    launched_.wait_for(lock, kLaunchPatience, [this] { return !is_launching_; });
+  }
   if (comm.handle == nullptr) return;
   const NcclResult result = device_->api->comm_abort(comm);
   if (result != NcclResult::kSuccess)

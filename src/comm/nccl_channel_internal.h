@@ -5,6 +5,7 @@
 // launched by the thread that issues them.
 #pragma once
 #include <atomic>
+#include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -66,10 +67,11 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
   const Place place_;
   const IdSource id_;
   device::Stream stream_;
-  std::timed_mutex launch_mutex_;  // held while NCCL is called
   mutable std::mutex mutex_;
   std::atomic<bool> is_closed_ = false;
   bool is_started_ = false, is_ready_ = false;
+  bool is_launching_ = false;  // NCCL is being called; one thread at a time launches
+  std::condition_variable launched_;
   NcclComm comm_;
   std::deque<std::shared_ptr<NcclWork>> backlog_;      // not launched yet
   std::deque<std::shared_ptr<NcclWork>> outstanding_;  // not done yet, with the backlog
