@@ -13,6 +13,8 @@ inline constexpr Api kLinkedApi{
     .rms_norm_backward = rms_norm_backward,
     .layer_norm_backward = layer_norm_backward,
     .rope = rope,
+    .qk_norm_rope_forward = qk_norm_rope_forward,
+    .qk_norm_rope_backward = qk_norm_rope_backward,
     .activation_forward = activation_forward,
     .activation_backward = activation_backward,
     .embedding_forward = embedding_forward,

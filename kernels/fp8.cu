@@ -67,19 +67,22 @@ __global__ void scale_kernel(const Fp8ScaleArgs a) {
   }
 }
 
+struct CastTile {
+  uint8_t at[kTile * kTilePitch];
+};
+struct CastLayout {
+  bool is_aligned, is_transposed_aligned;
+  int tiles_per_row;
+};
+
+// The tile as bytes, written to `out` on the way; returns the thread's part of the maximum.
 template <class T>
-__global__ void __launch_bounds__(kCastThreads)
-    cast_kernel(const CastFp8Args a, bool is_aligned, bool is_transposed_aligned,
-                int tiles_per_row) {
-  __shared__ uint8_t tile[kTile * kTilePitch];
-  __shared__ float part[32];
-  const int64_t row_0 = static_cast<int64_t>(blockIdx.x / tiles_per_row) * kTile;
-  const int64_t column_0 = static_cast<int64_t>(blockIdx.x % tiles_per_row) * kTile;
-  const float scale = *a.scale;
-  const int thread = static_cast<int>(threadIdx.x);
+__device__ __forceinline__ float read_tile(const CastFp8Args& a, bool is_aligned, int64_t row_0,
+                                           int64_t column_0, CastTile& tile) {
   constexpr int kPieces = kTile / kPiece;
+  const float scale = *a.scale;
   float top = 0;
-  for (int i = thread; i < kTile * kPieces; i += kCastThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kPieces; i += kCastThreads) {
     const int r = i / kPieces, c = i % kPieces * kPiece;
     const int64_t row = row_0 + r, column = column_0 + c;
     if (row >= a.rows || column >= a.columns) continue;
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kCastThreads)
       const float v = widen(x.at[j]);
       top = Max{}(top, size_of_number(v));
       q.at[j] = fp8_bits(v * scale, a.format);
-      tile[r * kTilePitch + c + j] = q.at[j];
+      tile.at[r * kTilePitch + c + j] = q.at[j];
     }
     if (!a.out) continue;
     uint8_t* const to = a.out + row * a.columns + column;
@@ -105,26 +108,44 @@ __global__ void __launch_bounds__(kCastThreads)
     else
       for (int j = 0; j < count; ++j) to[j] = q.at[j];
   }
-  if (a.amax) {
-    top = block_reduce(top, Max{}, part);
-    if (thread == 0) raise(a.amax, top);
-  }
-  if (!a.transposed) return;
-  __syncthreads();
-  for (int i = thread; i < kTile * (kTile / kWordRows); i += kCastThreads) {
-    const int c = i / (kTile / kWordRows), r = i % (kTile / kWordRows) * kWordRows;
+  return top;
+}
+
+__device__ __forceinline__ void write_transposed(const CastFp8Args& a, bool is_aligned,
+                                                 int64_t row_0, int64_t column_0,
+                                                 const CastTile& tile) {
+  constexpr int kWords = kTile / kWordRows;
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kWords; i += kCastThreads) {
+    const int c = i / kWords, r = i % kWords * kWordRows;
     const int64_t row = row_0 + r, column = column_0 + c;
     if (row >= a.rows || column >= a.columns) continue;
     Vec<uint8_t, kWordRows> q;
     CAPSTAN_UNROLL
-    for (int j = 0; j < kWordRows; ++j) q.at[j] = tile[(r + j) * kTilePitch + c];
+    for (int j = 0; j < kWordRows; ++j) q.at[j] = tile.at[(r + j) * kTilePitch + c];
     uint8_t* const to = a.transposed + column * a.rows + row;
     const int count = static_cast<int>(a.rows - row < kWordRows ? a.rows - row : kWordRows);
-    if (is_transposed_aligned && count == kWordRows)
+    if (is_aligned && count == kWordRows)
       store(to, q);
     else
       for (int j = 0; j < count; ++j) to[j] = q.at[j];
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kCastThreads)
+    cast_kernel(const CastFp8Args a, const CastLayout layout) {
+  __shared__ CastTile tile;
+  __shared__ float part[32];
+  const int64_t row_0 = static_cast<int64_t>(blockIdx.x / layout.tiles_per_row) * kTile;
+  const int64_t column_0 = static_cast<int64_t>(blockIdx.x % layout.tiles_per_row) * kTile;
+  float top = read_tile<T>(a, layout.is_aligned, row_0, column_0, tile);
+  if (a.amax) {
+    top = block_reduce(top, Max{}, part);
+    if (threadIdx.x == 0) raise(a.amax, top);
+  }
+  if (!a.transposed) return;
+  __syncthreads();
+  write_transposed(a, layout.is_transposed_aligned, row_0, column_0, tile);
 }
 
 template <class T, int N>
@@ -183,12 +204,14 @@ void cast_fp8(const CastFp8Args& args, Stream stream) {
   check_sizes("cast_fp8", {args.rows, args.columns});
   if (args.rows == 0 || args.columns == 0) return;
   check_present("cast_fp8", {{"x", args.x}, {"scale", args.scale}});
-  const bool aligned = are_aligned({args.x, args.out}) && args.columns % kPiece == 0;
-  const bool transposed_aligned = are_aligned({args.transposed}) && args.rows % kWordRows == 0;
   const int64_t across = (args.columns + kTile - 1) / kTile, down = (args.rows + kTile - 1) / kTile;
+  const CastLayout layout{
+      .is_aligned = are_aligned({args.x, args.out}) && args.columns % kPiece == 0,
+      .is_transposed_aligned = are_aligned({args.transposed}) && args.rows % kWordRows == 0,
+      .tiles_per_row = static_cast<int>(across)};
   with_narrow("cast_fp8", args.dtype, [&](auto tag) {
     launch("cast_fp8", {across * down, kCastThreads, 0}, stream, cast_kernel<TypeOf<decltype(tag)>>,
-           args, aligned, transposed_aligned, static_cast<int>(across));
+           args, layout);
   });
 }
 

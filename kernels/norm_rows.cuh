@@ -6,6 +6,7 @@
 #include "capstan/kernels/norm.h"
 #include "dispatch.h"
 #include "reduce.cuh"
+#include "sum_partial.cuh"
 
 namespace capstan::kernels {
 
@@ -222,25 +223,6 @@ __global__ void norm_backward(const NormBackwardArgs a, const RowShape s, const 
                                  partial + (groups.groups + blockIdx.x) * width);
 }
 
-inline constexpr int kSumColumns = 32, kSumLanes = 32;
-
-// total[d] += sum of partial[g][d]: lane after lane of a column, each over every 32nd group.
-template <class A>
-__global__ void sum_partial(const A* partial, int64_t groups, int64_t width, A* total) {
-  __shared__ A part[kSumLanes][kSumColumns];
-  const int column = static_cast<int>(threadIdx.x) % kSumColumns;
-  const int lane = static_cast<int>(threadIdx.x) / kSumColumns;
-  const int64_t d = static_cast<int64_t>(blockIdx.x) * kSumColumns + column;
-  A sum = 0;
-  if (d < width)
-    for (int64_t g = lane; g < groups; g += kSumLanes) sum += partial[g * width + d];
-  part[lane][column] = sum;
-  __syncthreads();
-  if (lane != 0 || d >= width) return;
-  for (int i = 1; i < kSumLanes; ++i) sum += part[i][column];
-  total[d] += sum;
-}
-
 // visit(Tag<R>, Tag<C>, Tag<W>)
 template <class Visit>
 void with_norm_types(const char* kernel, const NormTypes& t, const Visit& visit) {
@@ -279,15 +261,6 @@ void launch_forward(const char* name, const NormForwardArgs& a, Stream stream) {
   });
 }
 
-template <class A>
-void launch_sum(const char* name, const NormBackwardArgs& a, const RowGroups& groups, int which,
-                void* total, Stream stream) {
-  const int64_t width = a.shape.width;
-  const A* const partial = static_cast<const A*>(a.partial) + which * groups.groups * width;
-  launch(name, {(width + kSumColumns - 1) / kSumColumns, kSumColumns * kSumLanes, 0}, stream,
-         sum_partial<A>, partial, groups.groups, width, static_cast<A*>(total));
-}
-
 template <bool kCentered>
 void launch_backward(const char* name, const NormBackwardArgs& a, Stream stream) {
   const RowGroups groups = row_groups(a.shape.rows);
@@ -309,8 +282,11 @@ void launch_backward(const char* name, const NormBackwardArgs& a, Stream stream)
       run(norm_backward<R, C, W, kN, 1, kCentered>);
     else
       run(norm_backward<R, C, W, kN, 4, kCentered>);
-    if (a.grad_weight) launch_sum<A>(name, a, groups, 0, a.grad_weight, stream);
-    if (kCentered && a.grad_bias) launch_sum<A>(name, a, groups, 1, a.grad_bias, stream);
+    const auto sum = [&](int which, void* total) {
+      launch_sum_partial<A>(name, a.partial, which, groups.groups, a.shape.width, total, stream);
+    };
+    if (a.grad_weight) sum(0, a.grad_weight);
+    if (kCentered && a.grad_bias) sum(1, a.grad_bias);
   });
 }
 

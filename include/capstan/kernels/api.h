@@ -12,6 +12,7 @@
 #include "capstan/kernels/norm.h"
 #include "capstan/kernels/optimizer.h"
 #include "capstan/kernels/permute.h"
+#include "capstan/kernels/qk_norm.h"
 #include "capstan/kernels/rope.h"
 #include "capstan/kernels/router.h"
 
@@ -25,6 +26,8 @@ struct Api {
   Launcher<NormForwardArgs> rms_norm_forward, layer_norm_forward;
   Launcher<NormBackwardArgs> rms_norm_backward, layer_norm_backward;
   Launcher<RopeArgs> rope;
+  Launcher<QkNormForwardArgs> qk_norm_rope_forward;
+  Launcher<QkNormBackwardArgs> qk_norm_rope_backward;
   Launcher<ActivationArgs> activation_forward, activation_backward;
   Launcher<EmbeddingForwardArgs> embedding_forward;
   Launcher<EmbeddingBackwardArgs> embedding_backward;
