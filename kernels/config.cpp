@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kFlatThreads = 256;
 constexpr int64_t kFlatBlocks = 4096;  // a few waves of any GPU
-constexpr int kRowThreads = 256, kMostRowThreads = 1024, kOneChunkThreads = 512;
+constexpr int kRowThreads = 256;
 constexpr int64_t kMostGroups = 512, kLeastRowsPerGroup = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,7 +27,7 @@ RowShape row_shape(int64_t width, int vector, bool aligned) {
   shape.vector = aligned && width % vector == 0 ? vector : 1;
   const int64_t pieces = ceil_div(width, shape.vector);
   if (shape.vector > 1)
-    shape.chunks = pieces <= kOneChunkThreads ? 1 : 4;
+    shape.chunks = pieces <= kMostRowThreads ? 1 : 4;
   else
     shape.chunks = 16;
   shape.threads_per_row = whole_warps(std::max<int64_t>(1, ceil_div(pieces, shape.chunks)));

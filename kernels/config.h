@@ -20,6 +20,9 @@ struct LaunchShape {
 // Grid-stride loops over `items`, each thread taking `per_thread` of them at a time.
 [[nodiscard]] LaunchShape flat_shape(int64_t items, int64_t per_thread);
 
+// Threads of a block that keeps rows in registers: each may have 128 of the 65536.
+inline constexpr int kMostRowThreads = 512;
+
 // Rows whose elements stay in registers: a thread holds `chunks` pieces of `vector` elements.
 struct RowShape {
   int vector = 1;           // elements loaded at a time

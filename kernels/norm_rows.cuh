@@ -54,7 +54,8 @@ __device__ __forceinline__ void read_row(const NormForwardArgs& a, const RowShap
 }
 
 template <class R, class C, class W, int N, int kChunks, bool kCentered>
-__global__ void norm_forward(const NormForwardArgs a, const RowShape s) {
+__global__ void __launch_bounds__(kMostRowThreads)
+    norm_forward(const NormForwardArgs a, const RowShape s) {
   using A = Wide<R>;
   __shared__ A part[32];
   const RowPlace place(s);
@@ -66,8 +67,11 @@ __global__ void norm_forward(const NormForwardArgs a, const RowShape s) {
   A mean = 0, squares = 0;
   if constexpr (kCentered) {
     A total = 0;
-    for (int c = 0; c < kChunks; ++c)
+    CAPSTAN_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      CAPSTAN_UNROLL
       for (int j = 0; j < N; ++j) total += x[c][j];
+    }
     mean = group_reduce(total, Sum{}, part, place.first_warp, place.warps) / static_cast<A>(width);
   }
   CAPSTAN_UNROLL
@@ -99,59 +103,60 @@ __global__ void norm_forward(const NormForwardArgs a, const RowShape s) {
   }
 }
 
-// One row of the backward: normalised values, gradients of the output, and what they sum to.
-template <class A, int N, int kChunks>
+// One row of the backward as it was read; everything else is made again from it, which costs
+// fewer registers than keeping it.
+template <class R, class C, int N, int kChunks>
 struct BackwardRow {
-  A normed[kChunks][N], grad[kChunks][N];
-  A weighted[kChunks][N];  // grad x weight
+  Vec<R, N> x[kChunks];
+  Vec<C, N> grad[kChunks];
+  Wide<R> mean, rstd;
+
+  __device__ __forceinline__ Wide<R> normed(int c, int j) const {
+    return (widen(x[c].at[j]) - mean) * rstd;
+  }
+  __device__ __forceinline__ Wide<R> gradient(int c, int j) const {
+    return static_cast<Wide<R>>(widen(grad[c].at[j]));
+  }
 };
 
-template <class R, class C, class W, int N, int kChunks>
-__device__ __forceinline__ void read_backward_row(const NormBackwardArgs& a, const RowShape& s,
-                                                  const RowPlace& place, int64_t row, bool is_row,
-                                                  BackwardRow<Wide<R>, N, kChunks>& out) {
+template <class R, class C, int N, int kChunks>
+__device__ __forceinline__ BackwardRow<R, C, N, kChunks> read_backward_row(
+    const NormBackwardArgs& a, const RowShape& s, const RowPlace& place, int64_t row, bool is_row) {
   using A = Wide<R>;
-  const A rstd = is_row ? static_cast<const A*>(a.rstd)[row] : A(0);
-  const A mean = is_row && a.mean ? static_cast<const A*>(a.mean)[row] : A(0);
+  BackwardRow<R, C, N, kChunks> out;
+  out.rstd = is_row ? static_cast<const A*>(a.rstd)[row] : A(0);
+  out.mean = is_row && a.mean ? static_cast<const A*>(a.mean)[row] : A(0);
   CAPSTAN_UNROLL
   for (int c = 0; c < kChunks; ++c) {
     const int64_t d = place.column<N>(c, s), at = row * a.shape.width + d;
-    Vec<R, N> x{};
-    Vec<C, N> grad{};
-    Vec<W, N> weight{};
-    const bool is_here = is_row && d < a.shape.width;
-    if (is_here) {
-      x = load<N>(static_cast<const R*>(a.x) + at);
-      grad = load<N>(static_cast<const C*>(a.grad) + at);
-      weight = load<N>(static_cast<const W*>(a.weight) + d);
-    }
-    CAPSTAN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      out.normed[c][j] = is_here ? (widen(x.at[j]) - mean) * rstd : A(0);
-      out.grad[c][j] = static_cast<A>(widen(grad.at[j]));
-      out.weighted[c][j] = out.grad[c][j] * static_cast<A>(widen(weight.at[j]));
-    }
+    out.x[c] = Vec<R, N>{};
+    out.grad[c] = Vec<C, N>{};
+    if (!is_row || d >= a.shape.width) continue;
+    out.x[c] = load<N>(static_cast<const R*>(a.x) + at);
+    out.grad[c] = load<N>(static_cast<const C*>(a.grad) + at);
   }
+  return out;
 }
 
-template <class R, class C, int N, int kChunks>
+template <class R, class C, class W, int N, int kChunks>
 __device__ __forceinline__ void write_backward_row(const NormBackwardArgs& a, const RowShape& s,
                                                    const RowPlace& place, int64_t row,
-                                                   const BackwardRow<Wide<R>, N, kChunks>& in,
+                                                   const BackwardRow<R, C, N, kChunks>& in,
                                                    Wide<R> mean_weighted, Wide<R> mean_product) {
   using A = Wide<R>;
-  const A rstd = static_cast<const A*>(a.rstd)[row];
   CAPSTAN_UNROLL
   for (int c = 0; c < kChunks; ++c) {
     const int64_t d = place.column<N>(c, s), at = row * a.shape.width + d;
     if (d >= a.shape.width) continue;
+    const Vec<W, N> weight = load<N>(static_cast<const W*>(a.weight) + d);
     Vec<R, N> more{}, dx;
     if (a.grad_residual) more = load<N>(static_cast<const R*>(a.grad_residual) + at);
     Vec<C, N> hidden;
     CAPSTAN_UNROLL
     for (int j = 0; j < N; ++j) {
-      const A v = rstd * (in.weighted[c][j] - mean_weighted - in.normed[c][j] * mean_product) +
-                  widen(more.at[j]);
+      const A weighted = in.gradient(c, j) * static_cast<A>(widen(weight.at[j]));
+      const A v =
+          in.rstd * (weighted - mean_weighted - in.normed(c, j) * mean_product) + widen(more.at[j]);
       dx.at[j] = narrow<R>(v);
       hidden.at[j] = narrow<C>(v);
     }
@@ -166,14 +171,19 @@ __device__ __forceinline__ void write_partial(const RowShape& s, const RowPlace&
                                               int64_t width, const A (&sum)[kChunks][N], A* to) {
   A* const shared = shared_memory<A>();
   __syncthreads();
-  for (int c = 0; c < kChunks; ++c)
+  CAPSTAN_UNROLL
+  for (int c = 0; c < kChunks; ++c) {
+    CAPSTAN_UNROLL
     for (int j = 0; j < N; ++j) {
       const int64_t d = place.column<N>(c, s) + j;
       if (place.slot > 0 && d < width) shared[(place.slot - 1) * width + d] = sum[c][j];
     }
+  }
   __syncthreads();
   if (place.slot > 0) return;
-  for (int c = 0; c < kChunks; ++c)
+  CAPSTAN_UNROLL
+  for (int c = 0; c < kChunks; ++c) {
+    CAPSTAN_UNROLL
     for (int j = 0; j < N; ++j) {
       const int64_t d = place.column<N>(c, s) + j;
       if (d >= width) continue;
@@ -181,45 +191,72 @@ __device__ __forceinline__ void write_partial(const RowShape& s, const RowPlace&
       for (int slot = 1; slot < s.rows_per_block; ++slot) total += shared[(slot - 1) * width + d];
       to[d] = total;
     }
+  }
+}
+
+// What the rows of a block add up to.
+template <class A, int N, int kChunks>
+struct BackwardSums {
+  A weight[kChunks][N] = {}, bias[kChunks][N] = {};
+};
+template <class A>
+struct RowSums {
+  A weighted, product;  // of grad weight, and of that times the normed value
+};
+
+template <class R, class C, class W, int N, int kChunks, bool kCentered>
+__device__ __forceinline__ RowSums<Wide<R>> sum_backward_row(
+    const NormBackwardArgs& a, const RowShape& s, const RowPlace& place,
+    const BackwardRow<R, C, N, kChunks>& in, BackwardSums<Wide<R>, N, kChunks>& sums) {
+  using A = Wide<R>;
+  RowSums<A> row{A(0), A(0)};
+  CAPSTAN_UNROLL
+  for (int c = 0; c < kChunks; ++c) {
+    const int64_t d = place.column<N>(c, s);
+    if (d >= a.shape.width) continue;
+    const Vec<W, N> weight = load<N>(static_cast<const W*>(a.weight) + d);
+    CAPSTAN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      const A grad = in.gradient(c, j), normed = in.normed(c, j);
+      const A weighted = grad * static_cast<A>(widen(weight.at[j]));
+      row.weighted += weighted;
+      row.product += weighted * normed;
+      sums.weight[c][j] += grad * normed;
+      if constexpr (kCentered) sums.bias[c][j] += grad;
+    }
+  }
+  return row;
 }
 
 template <class R, class C, class W, int N, int kChunks, bool kCentered>
-__global__ void norm_backward(const NormBackwardArgs a, const RowShape s, const RowGroups groups) {
+__global__ void __launch_bounds__(kMostRowThreads)
+    norm_backward(const NormBackwardArgs a, const RowShape s, const RowGroups groups) {
   using A = Wide<R>;
   __shared__ A part[32];
   const RowPlace place(s);
   const int64_t width = a.shape.width, first = blockIdx.x * groups.rows_per_group;
   const int64_t end = first + groups.rows_per_group;
   const int64_t last = end < a.shape.rows ? end : a.shape.rows;
-  A weight_sum[kChunks][N] = {}, bias_sum[kChunks][N] = {};
+  BackwardSums<A, N, kChunks> sums;
   for (int64_t base = first; base < last; base += s.rows_per_block) {
     const int64_t row = base + place.slot;
-    BackwardRow<A, N, kChunks> in;
-    read_backward_row<R, C, W, N, kChunks>(a, s, place, row, row < last, in);
-    A weighted = 0, product = 0;
-    CAPSTAN_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      CAPSTAN_UNROLL
-      for (int j = 0; j < N; ++j) {
-        weighted += in.weighted[c][j];
-        product += in.weighted[c][j] * in.normed[c][j];
-        weight_sum[c][j] += in.grad[c][j] * in.normed[c][j];
-        if constexpr (kCentered) bias_sum[c][j] += in.grad[c][j];
-      }
-    }
-    product = group_reduce(product, Sum{}, part, place.first_warp, place.warps);
+    const auto in = read_backward_row<R, C, N, kChunks>(a, s, place, row, row < last);
+    RowSums<A> of_row = sum_backward_row<R, C, W, N, kChunks, kCentered>(a, s, place, in, sums);
+    of_row.product = group_reduce(of_row.product, Sum{}, part, place.first_warp, place.warps);
     if constexpr (kCentered)
-      weighted = group_reduce(weighted, Sum{}, part, place.first_warp, place.warps);
-    const A mean_weighted = kCentered ? weighted / static_cast<A>(width) : A(0);
+      of_row.weighted = group_reduce(of_row.weighted, Sum{}, part, place.first_warp, place.warps);
+    else
+      of_row.weighted = A(0);
     if (row < last)
-      write_backward_row<R, C, N, kChunks>(a, s, place, row, in, mean_weighted,
-                                           product / static_cast<A>(width));
+      write_backward_row<R, C, W, N, kChunks>(a, s, place, row, in,
+                                              of_row.weighted / static_cast<A>(width),
+                                              of_row.product / static_cast<A>(width));
   }
   A* const partial = static_cast<A*>(a.partial);
   if (a.grad_weight)
-    write_partial<A, N, kChunks>(s, place, width, weight_sum, partial + blockIdx.x * width);
+    write_partial<A, N, kChunks>(s, place, width, sums.weight, partial + blockIdx.x * width);
   if (kCentered && a.grad_bias)
-    write_partial<A, N, kChunks>(s, place, width, bias_sum,
+    write_partial<A, N, kChunks>(s, place, width, sums.bias,
                                  partial + (groups.groups + blockIdx.x) * width);
 }
 

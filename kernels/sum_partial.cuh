@@ -10,7 +10,8 @@ inline constexpr int kSumColumns = 32, kSumLanes = 32;
 
 // total[d] += sum of partial[g][d]: lane after lane of a column, each over every 32nd group.
 template <class A>
-__global__ void sum_partial(const A* partial, int64_t groups, int64_t width, A* total) {
+__global__ void __launch_bounds__(kSumColumns* kSumLanes)
+    sum_partial(const A* partial, int64_t groups, int64_t width, A* total) {
   __shared__ A part[kSumLanes][kSumColumns];
   const int column = static_cast<int>(threadIdx.x) % kSumColumns;
   const int lane = static_cast<int>(threadIdx.x) / kSumColumns;

@@ -26,7 +26,9 @@ std::vector<Case> cases(bool centered) {
       {{k32, k32, k32}, 2, 64, centered, true, true, 1},  // nothing aligned
       {{k16, k16, k16}, 2, 1, centered, true, true},
       {{k32, k32, k32}, 0, 64, centered, true, true},
-      {{k32, k16, k16}, 2, 4352, centered, true, true},  // four pieces per thread
+      {{k32, k16, k16}, 2, 4352, centered, true, true},   // four pieces per thread
+      {{k32, k16, k32}, 1, 16384, centered, true, true},  // the widest
+      {{k32, k32, k32}, 1, 8191, centered, false, true},
   };
 }
 

@@ -19,6 +19,8 @@ namespace capstan::kernels {
 struct NormTypes {
   DType residual = DType::kFp32, compute = DType::kFp32, weight = DType::kFp32;
 };
+// Widest rows: 2048 vectors of 16 bytes of the compute dtype (16384 elements of bf16), or 8192
+// elements when the width or a pointer does not fit vectors.
 struct NormShape {
   int64_t rows = 0, width = 0;
 };
