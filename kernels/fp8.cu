@@ -16,6 +16,22 @@ constexpr int kTile = 64, kTilePitch = kTile + 4, kCastThreads = 256, kPiece = 8
 constexpr int kWordRows = 16;  // rows that make a word of the transposed output
 constexpr float kLargestFloat = 3.402823466e38f;
 
+// The first `count` of N elements, with indices that the compiler knows.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> load_first(const T* from, int count) {
+  Vec<T, N> out{};
+  CAPSTAN_UNROLL
+  for (int j = 0; j < N; ++j)
+    if (j < count) out.at[j] = from[j];
+  return out;
+}
+template <class T, int N>
+__device__ __forceinline__ void store_first(T* to, const Vec<T, N>& value, int count) {
+  CAPSTAN_UNROLL
+  for (int j = 0; j < N; ++j)
+    if (j < count) to[j] = value.at[j];
+}
+
 __host__ __device__ __forceinline__ float largest_of(Fp8 format) {
   return format == Fp8::kE4m3 ? 448.0f : 57344.0f;
 }
@@ -88,11 +104,7 @@ __device__ __forceinline__ float read_tile(const CastFp8Args& a, bool is_aligned
     if (row >= a.rows || column >= a.columns) continue;
     const T* const from = static_cast<const T*>(a.x) + row * a.columns + column;
     const int count = static_cast<int>(a.columns - column < kPiece ? a.columns - column : kPiece);
-    Vec<T, kPiece> x{};
-    if (is_aligned)
-      x = load<kPiece>(from);
-    else
-      for (int j = 0; j < count; ++j) x.at[j] = from[j];
+    const Vec<T, kPiece> x = is_aligned ? load<kPiece>(from) : load_first<T, kPiece>(from, count);
     Vec<uint8_t, kPiece> q;
     CAPSTAN_UNROLL
     for (int j = 0; j < kPiece; ++j) {
@@ -106,7 +118,7 @@ __device__ __forceinline__ float read_tile(const CastFp8Args& a, bool is_aligned
     if (is_aligned)
       store(to, q);
     else
-      for (int j = 0; j < count; ++j) to[j] = q.at[j];
+      store_first(to, q, count);
   }
   return top;
 }
@@ -127,7 +139,7 @@ __device__ __forceinline__ void write_transposed(const CastFp8Args& a, bool is_a
     if (is_aligned && count == kWordRows)
       store(to, q);
     else
-      for (int j = 0; j < count; ++j) to[j] = q.at[j];
+      store_first(to, q, count);
   }
 }
 

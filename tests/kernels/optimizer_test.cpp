@@ -174,6 +174,30 @@ TEST_F(FlatOptimizer, AllDtypes_MatchReference) {
     }
 }
 
+// The arithmetic of src/optim/cpu/loops.inc, operation by operation in fp32.
+TEST_F(FlatOptimizer, Fp32AdamW_HasTheBitsOfTheCpu) {
+  const Case c{{k32, k32, k32}, 2000, {{0, 2000, kDecay}}};
+  const Numbers n;
+  const Inputs in(c);
+  const auto out = run(c, n, in, {.lr = n.lr, .gradient_scale = n.scale, .count = n.count});
+  const auto f = [](double x) { return static_cast<float>(x); };
+  const double bias1 = 1 - std::pow(n.beta1, 3.0), bias2 = 1 - std::pow(n.beta2, 3.0);
+  const float decay = f(1 - n.lr * n.decay), step = f(n.lr / bias1), root = f(1 / std::sqrt(bias2));
+  Values weights = in.weights.values(), first = in.first.values(), second = in.second.values();
+  const Values gradient = in.gradient.values();
+  for (size_t i = 0; i < c.count; ++i) {
+    const float g = f(gradient[i]) * f(n.scale);
+    const float m = f(first[i]) * f(n.beta1) + g * f(1 - n.beta1);
+    const float v = f(second[i]) * f(n.beta2) + (g * g) * f(1 - n.beta2);
+    weights[i] = f(weights[i]) * decay - step * (m / (std::sqrt(v) * root + f(n.eps)));
+    first[i] = m;
+    second[i] = v;
+  }
+  EXPECT_EQ(out[0].values(), weights);
+  EXPECT_EQ(out[1].values(), first);
+  EXPECT_EQ(out[2].values(), second);
+}
+
 TEST_F(FlatOptimizer, SkippedStep_ChangesNothing) {
   const Case c{{k32, k32, k32}, 100, {{0, 100, kDecay}}};
   const Inputs in(c);

@@ -235,7 +235,8 @@ void experts(int64_t tokens, int64_t count, int64_t k, int64_t width) {
 }
 
 void run_all() {
-  fmt::print("{}, device copy {:.0f} GB/s\n", device_name(), copy_rate() / 1e9);
+  const std::string device = device_name();
+  fmt::print("{}, device copy {:.0f} GB/s\n", device, copy_rate() / 1e9);
   fmt::print("{:<28}{:<34}{:>10}{:>10}{:>8}\n", "kernel", "shape", "us", "GB/s", "ratio");
   for (const int64_t width : {768, 2048, 4096, 8192}) norm(16384, width, k16);
   norm(16384, 2048, k32);
