@@ -46,10 +46,12 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
 };
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* from) {
+  require_aligned(from, alignof(Vec<T, N>));
   return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Vec<T, N>& value) {
+  require_aligned(to, alignof(Vec<T, N>));
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 

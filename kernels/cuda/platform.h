@@ -35,6 +35,9 @@ __device__ __forceinline__ uint8_t e5m2_bits(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E5M2);
 }
 
+// The hardware stops the kernel by itself.
+__device__ __forceinline__ void require_aligned(const void*, size_t) {}
+
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char capstan_shared[];

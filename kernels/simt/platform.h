@@ -89,6 +89,11 @@ inline uint32_t bits_of_float(float x) { return std::bit_cast<uint32_t>(x); }
 inline double double_of_bits(uint64_t bits) { return std::bit_cast<double>(bits); }
 inline uint64_t bits_of_double(double x) { return std::bit_cast<uint64_t>(x); }
 
+inline void require_aligned(const void* at, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(at) % alignment != 0)
+    simt::fail_thread("a vector access that is not aligned");
+}
+
 template <class T>
 T* shared_memory() {
   return static_cast<T*>(simt::dynamic_shared());

@@ -46,13 +46,13 @@ class Block {
   const uint64_t* exchange(uint32_t mask, uint64_t word, int line);
   void* shared() { return shared_.data(); }
   void run_thread();  // on a fiber
+  [[noreturn]] void fail(std::string why);
 
  private:
   void prepare(const LaunchShape& shape);
   void turn();
   void finish();
   void wait(State state, int line);
-  [[noreturn]] void fail(std::string why);
   void throw_fault(const std::string& why) const;
   [[nodiscard]] std::string stuck() const;
   void check_lines(size_t first, size_t count, const char* what);
@@ -212,6 +212,7 @@ const uint64_t* exchange_words(uint32_t mask, uint64_t word, int line) {
   return block().exchange(mask, word, line);
 }
 void* dynamic_shared() { return block().shared(); }
+void fail_thread(const char* why) { block().fail(why); }
 
 void run_grid(const char* kernel, const LaunchShape& shape, const std::function<void()>& thread) {
   static std::mutex one_launch;

@@ -6,6 +6,7 @@
 // kernel, block, thread and source line:
 //   - barriers and warp operations that not all threads of the block or warp reach, or that they
 //     reach at different lines;
+//   - vectors at addresses that are no multiple of their alignment;
 //   - writes past dynamic shared memory, stack overflow of a thread.
 // Of statically shared arrays there is one for all blocks. One launch at a time in a process.
 #pragma once
@@ -26,5 +27,6 @@ void sync_block(int line);
 // Waits for the 32 lanes of the warp; what each of them brought, until the lane's next call.
 const uint64_t* exchange_words(uint32_t mask, uint64_t word, int line);
 [[nodiscard]] void* dynamic_shared();
+[[noreturn]] void fail_thread(const char* why);
 
 }  // namespace capstan::kernels::simt

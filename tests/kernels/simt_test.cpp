@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "capstan/base/error.h"
-#include "kernels/simt/platform.h"
+#include "kernels/numbers.cuh"
 
 namespace capstan::kernels::simt {
 namespace {
@@ -27,6 +27,7 @@ void odd_lanes_skip_shuffle(int* out) {
   if (threadIdx.x % 2 == 0) out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 1);
 }
 void write_past_shared() { shared_memory<char>()[16] = 1; }
+void load_unaligned(const float* from, float* to) { *to = load<4>(from + 1).at[0]; }
 void read_neighbour_without_barrier(int* out) {
   __shared__ int shared[64];
   shared[threadIdx.x] = 0;
@@ -64,6 +65,13 @@ TEST(Simt, DivergentBarriersAndShuffles_AreFound) {
   EXPECT_NE(fault_of(0, odd_lanes_skip_shuffle, +out).find("at a warp operation"),
             std::string::npos);
   EXPECT_NE(fault_of(16, write_past_shared).find("past its dynamic shared"), std::string::npos);
+}
+
+TEST(Simt, UnalignedVectors_AreFound) {
+  alignas(16) float from[8] = {};
+  float to = 0;
+  EXPECT_NE(fault_of(0, load_unaligned, static_cast<const float*>(from), &to).find("not aligned"),
+            std::string::npos);
 }
 
 TEST(Simt, MissingBarrier_ShowsInSomeOrder) {
