@@ -35,7 +35,7 @@ class Layouts : public ::testing::Environment {
     return all;
   }
   void SetUp() override {
-    const auto count = read_env_int("CAPSTAN_DEVICE_LAYOUTS", 1, 100'000).value_or(36);
+    const auto count = read_env_int("CAPSTAN_DEVICE_LAYOUTS", 1, 100'000).value_or(20);
     std::mt19937_64 random(11);
     while (static_cast<int64_t>(drawn().size()) < count) {
       auto layout = draw_case(random, {}, 1000, 8);
