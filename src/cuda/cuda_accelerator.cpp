@@ -17,11 +17,11 @@ namespace {
 void check(cudaError_t result, const char* call) {
   if (result == cudaSuccess) return;
   throw EnvError(ErrorText{.module = "cuda",
-                            .what = fmt::format("calling {}", call),
-                            .got = cudaGetErrorString(result),
-                            .need = "success",
-                            .why = "an earlier kernel may have failed: errors arrive late",
-                            .fix = "Run again with CUDA_LAUNCH_BLOCKING=1 to see which"});
+                           .what = fmt::format("calling {}", call),
+                           .got = cudaGetErrorString(result),
+                           .need = "success",
+                           .why = "an earlier kernel may have failed: errors arrive late",
+                           .fix = "Run again with CUDA_LAUNCH_BLOCKING=1 to see which"});
 }
 
 cudaStream_t raw(device::Stream stream) { return static_cast<cudaStream_t>(stream.handle); }

@@ -16,8 +16,8 @@ class Mesh {
  public:
   Mesh() = default;  // one rank
   // Makes the communicators of every axis longer than one, and of the usual sets of data axes
-  // (dp_shard+cp, dp_replicate+dp_shard, dp_replicate+dp_shard+cp, dp_replicate+edp_shard). world.size() must equal
-  // grid.size(). Collective over: world.
+  // (dp_shard+cp, dp_replicate+dp_shard, dp_replicate+dp_shard+cp, dp_replicate+edp_shard).
+  // world.size() must equal grid.size(). Collective over: world.
   Mesh(comm::Communicator world, const plan::Grid& grid);
 
   [[nodiscard]] const plan::Grid& grid() const { return grid_; }
