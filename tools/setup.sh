@@ -51,6 +51,8 @@ build_dir=${CAPSTAN_BUILD_DIR:-$root/build/$preset}
 deps=$(realpath -m "$deps") cache=$(realpath -m "$cache") build_dir=$(realpath -m "$build_dir")
 torch_version=2.11.0
 torch_wheels=("torch==$torch_version" "nvidia-cuda-runtime==13.0.96" "nvidia-cuda-cupti==13.0.85")
+cuda_wheels=("cuda-toolkit[cublas,cufft,cufile,curand,cusolver,cusparse,nvjitlink]==13.0.2" "nvidia-cudnn-cu13==9.19.0.56"
+  "nvidia-cusparselt-cu13==0.8.0" "nvidia-nccl-cu13==2.28.9" "nvidia-nvshmem-cu13==3.4.5")
 
 is_debian_12() { [ -r /etc/os-release ] && (. /etc/os-release && [ "${ID:-}" = debian ] && [ "${VERSION_ID:-}" = 12 ]); }
 
@@ -160,6 +162,24 @@ install_torch() {
   torch_is_complete "$target" || fail 1 "LibTorch in $target is not complete; remove the folder and try again"
 }
 
+# The CUDA preset: what LibTorch's CUDA half loads, in the versions it names, beside it.
+install_cuda_libraries() {
+  local base="$deps/torch-$torch_version" wanted
+  [ "$preset" = cuda ] && [ "$torch_dir" = "$base/torch" ] || return 0
+  command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||
+    fail 2 "the cuda preset needs nvcc 13.0: install the CUDA toolkit 13.0 and put its bin folder into PATH"
+  wanted=$(printf '%s\n' "${cuda_wheels[@]}" | sha256sum | cut -d ' ' -f 1)
+  [ "$(cat "$base/cuda.sha256" 2>/dev/null)" != "$wanted" ] || return 0
+  say "downloading the CUDA libraries of LibTorch $torch_version (1.8 GB)"
+  rm -rf "$base/cuda.partial"
+  python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-compile \
+    --target "$base/cuda.partial" "${cuda_wheels[@]}" >> "$cache/pip.log" 2>&1 ||
+    { tail -n 5 "$cache/pip.log" >&2; fail 1 "pip could not install the CUDA libraries (log: $cache/pip.log)"; }
+  cp -an "$base/cuda.partial/nvidia/." "$base/nvidia/"
+  rm -rf "$base/cuda.partial"
+  printf '%s\n' "$wanted" > "$base/cuda.sha256"
+}
+
 count_jobs() {  # min(cores, memory / 2 GiB), at least 1
   local cores memory_gib jobs
   cores=$(nproc)
@@ -200,5 +220,6 @@ check_machine
 install_packages
 if [ "$build" = 1 ]; then
   install_torch
+  install_cuda_libraries
   build_tree
 fi

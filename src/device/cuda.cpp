@@ -42,7 +42,7 @@ void start_cuda(int index) {
   const std::string path = cuda_plugin_path();
   if (!has_cuda_plugin())
     refuse("no " + path, "the CUDA plug-in", "this build computes on CPUs",
-           "Build with cmake --preset cuda");
+           "Build with tools/setup.sh --preset cuda");
   void* const plugin = ::dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
   if (!plugin) {
     const char* const text = ::dlerror();

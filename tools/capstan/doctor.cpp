@@ -63,7 +63,7 @@ Finding check_cuda_plugin() {
   const bool present = has_cuda_plugin();
   const bool wanted = !present && !probe_gpus().gpus.empty();
   return {"CUDA plug-in", present ? cuda_plugin_path() : "not built",
-          wanted ? "cmake --preset cuda builds it; without it runs compute on CPUs" : ""};
+          wanted ? "tools/setup.sh --preset cuda builds it; without it runs compute on CPUs" : ""};
 }
 
 Finding check_shared_memory() {
