@@ -37,6 +37,13 @@ c10::cuda::CUDAStream wrapped(device::Stream stream, c10::DeviceIndex index) {
 int CudaAccelerator::device_count() const { return c10::cuda::device_count(); }
 
 void CudaAccelerator::set_device(int index) {
+  if (device_count() == 0)
+    throw EnvError(ErrorText{.module = "cuda",
+                             .what = "choosing a GPU",
+                             .got = "none that the CUDA runtime can use",
+                             .need = "a driver for CUDA 13.0 and its GPU",
+                             .why = "the driver lists GPUs, the runtime refuses them",
+                             .fix = "Update the driver, or set run.device: cpu"});
   if (index < 0 || index >= device_count())
     throw EnvError(ErrorText{.module = "cuda",
                              .what = "choosing a GPU",
