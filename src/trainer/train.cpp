@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/trainer/train.h"
 
+#include <ATen/Context.h>
 #include <fmt/format.h>
+#include <cstdlib>
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/env.h"
@@ -10,6 +12,7 @@
 #include "capstan/base/log.h"
 #include "capstan/checkpoint/saver.h"
 #include "capstan/comm/threads.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/device/threads.h"
 #include "capstan/launch/run_folder.h"
 #include "capstan/text/tokenizer.h"
@@ -128,6 +131,21 @@ std::optional<TrainResult> already_finished(const std::optional<ResumePoint>& po
       .exit_code = 0, .step = point->scalars.step, .run_directory = run_directory.string()};
 }
 
+// The device was opened before the recipe met its checkpoint, which may fix another one.
+void prepare_device(const recipe::Run& run) {
+  const std::string opened = device::accelerator() ? "cuda" : "cpu";
+  if (run.device != opened)
+    throw ConfigError(ErrorText{.module = "trainer",
+                                .what = "computing on " + opened,
+                                .got = "a run whose run.device is " + run.device,
+                                .need = run.device,
+                                .why = "a resumed run stays on the device it began on",
+                                .fix = "Set run.device: " + run.device});
+  if (opened == "cpu" || !run.deterministic) return;
+  ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);  // cuBLAS reads it at its first product
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+}
+
 TrainResult train_in(const TrainOptions& options, const comm::Communicator& world,
                      const Path& path) {
   checkpoint::CommunicatorGroup group(world);
@@ -143,6 +161,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   const plan::Plan plan = plan::make_plan(
       recipe, plan::local_topology(world.size(), options.local_size, recipe.recipe.run.device),
       {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
+  prepare_device(plan.resolved.run);
   const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));
   if (point) check_same_run(*point, plan.resolved, loader.fingerprint(), options.allow_change);
