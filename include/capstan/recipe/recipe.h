@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "capstan/recipe/numerics.h"
+#include "capstan/recipe/parallel.h"
+
 namespace capstan::recipe {
 
 struct Run {
@@ -20,6 +23,7 @@ struct Run {
   std::string device = "auto";     // auto | cpu | cuda
   std::optional<int64_t> threads;  // auto
   bool deterministic = false;
+  bool graphs = false;  // cuda: a step is replayed as graphs
   double start_timeout_s = 600;
   double step_timeout_s = 120;
 };
@@ -91,72 +95,12 @@ struct Batch {
   int64_t sequence_length = 0;
 };
 
-struct SpikeSkip {
-  std::optional<double> sigma;  // none
-  int64_t window = 128;
-};
-struct Optimizer {
-  std::string name = "adamw";
-  double lr = 0;
-  std::vector<double> betas = {0.9, 0.95};
-  double eps = 1e-8;
-  double weight_decay = 0.1;
-  std::optional<double> max_grad_norm = 1.0;  // none = no clipping
-  int64_t nonfinite_limit = 10;
-  SpikeSkip spike_skip;
-};
-
 struct LrSchedule {
   std::string kind = "cosine";   // constant | linear | cosine | wsd | inverse_sqrt
   int64_t warmup = 0;            // in the unit
   std::optional<int64_t> decay;  // auto
   std::string unit = "steps";    // steps | tokens
   double min_ratio = 0.1;
-};
-
-struct Precision {
-  std::string compute = "auto";  // auto | bf16 | fp32 | fp16 | fp64
-  std::string residual = "auto";
-  std::string master = "fp32";
-  std::string gradients = "fp32";
-  std::string reduction = "auto";      // auto = gradients
-  std::vector<std::string> keep_fp32;  // patterns over names of parameters
-  std::optional<double> loss_scale;    // none = dynamic; fp16 only
-};
-
-struct Pipeline {
-  int64_t size = 1;
-  std::string schedule = "gpipe";
-  int64_t chunks = 1;
-  std::optional<std::vector<int64_t>> split;  // auto
-};
-struct ContextParallel {
-  int64_t size = 1;
-  std::string method = "ring";
-};
-struct Zero {
-  int64_t stage = 0;
-  std::optional<int64_t> shard_size;  // auto
-  std::string reduce = "auto";        // auto | step | micro_batch
-  bool reshard_after_forward = true;
-  int64_t prefetch = 1;          // blocks gathered ahead of their use
-  std::string offload = "none";  // none | optimizer | all
-};
-struct Recompute {
-  std::string mode = "none";       // none | block | selective
-  std::vector<std::string> parts;  // attention, mlp, norm
-};
-struct Parallel {
-  std::optional<int64_t> data;  // auto = world size / (tensor x pipeline x context)
-  int64_t tensor = 1;
-  bool sequence = false, sequence_overlap = false;
-  Pipeline pipeline;
-  ContextParallel context;
-  int64_t expert = 1;
-  Zero zero;
-  Recompute recompute;
-  bool offload_activations = false;
-  int64_t bucket_mib = 25;
 };
 
 struct Checkpoint {
