@@ -5,18 +5,24 @@
 # One optimizer step of the same Llama in Capstan and in PyTorch eager, in turn on the same threads; prints tokens/s and the
 # ratio of medians.
 #
-#   tools/bench/cpu_step.sh [--dtype fp32|bf16] [--threads N] [--rounds N] [--steps N]
+#   tools/bench/cpu_step.sh [--dtype fp32|bf16] [--model 32m|124m] [--threads N] [--rounds N] [--steps N]
 #
-# Model: vocabulary 8192, hidden 512, ffn 1408, 8 layers, 8 heads, 4 KV heads, untied, sequence 512, batch 4.
+# 32m: vocabulary 8192, hidden 512, ffn 1408, 8 layers, 8 heads, 4 KV heads, untied, sequence 512, batch 4.
+# 124m, of the size of GPT-2: vocabulary 50304, hidden 768, ffn 2048, 12 layers, 12 heads, 12 KV heads, untied, sequence 1024, batch 1.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
-dtype=fp32 threads=$(nproc) rounds=3 steps=4
+dtype=fp32 model=32m threads=$(nproc) rounds=3 steps=4
 while [ $# -gt 0 ]; do
   case "$1" in
-    --dtype | --threads | --rounds | --steps) declare "${1#--}=$2"; shift 2 ;;
-    *) sed -n '5,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    --dtype | --model | --threads | --rounds | --steps) declare "${1#--}=$2"; shift 2 ;;
+    *) sed -n '5,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
 done
+case "$model" in # hidden ffn layers heads kv_heads vocabulary sequence batch
+  32m) shape="512 1408 8 8 4 8192 512 4" ;;
+  124m) shape="768 2048 12 12 12 50304 1024 1" ;;
+  *) echo "cpu_step.sh: --model: got '$model', need 32m or 124m" >&2; exit 2 ;;
+esac
 build=${CAPSTAN_BUILD_DIR:-$root/build/release}
 cache=${CAPSTAN_CACHE_DIR:-$root/.cache}
 cmake -S "$root" -B "$build" -DCAPSTAN_BUILD_BENCH=ON > "$cache/bench.log" && cmake --build "$build" --target cpu_step >> "$cache/bench.log"
@@ -28,8 +34,10 @@ if ! "$venv/bin/python" -c 'import torch, transformers' 2> "$cache/bench-venv.lo
   "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.11.0 numpy transformers
 fi
 export GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=$threads
-ours() { "$build/tools/bench/cpu_step" "$dtype" "$threads" "$steps"; }
-peer() { "$venv/bin/python" "$root/tools/bench/cpu_step_peer.py" "$dtype" "$threads" "$steps"; }
+# shellcheck disable=SC2086  # shape: one word per number
+ours() { "$build/tools/bench/cpu_step" "$dtype" "$threads" "$steps" $shape; }
+# shellcheck disable=SC2086
+peer() { "$venv/bin/python" "$root/tools/bench/cpu_step_peer.py" "$dtype" "$threads" "$steps" $shape; }
 
 results=$(mktemp)
 trap 'rm -f "$results"' EXIT
@@ -37,7 +45,7 @@ for round in $(seq "$rounds"); do
   echo "round $round of $rounds" >&2
   { printf 'ours '; ours; printf 'peer '; peer; } >> "$results"
 done
-python3 - "$results" "$dtype" "$threads" <<'PY'
+python3 - "$results" "$dtype" "$threads" "$model" <<'PY'
 import json
 import statistics
 import sys
@@ -46,7 +54,7 @@ rows = {"ours": [], "peer": []}
 for line in open(sys.argv[1]):
     who, text = line.split(" ", 1)
     rows[who].append(json.loads(text))
-print(f"{sys.argv[2]}, {sys.argv[3]} threads, {len(rows['ours'])} rounds in turn")
+print(f"{sys.argv[4]}, {sys.argv[2]}, {sys.argv[3]} threads, {len(rows['ours'])} rounds in turn")
 print(f"{'':14}{'tokens/s':>10}{'best':>9}{'first step s':>14}{'peak RSS MB':>13}")
 figures = {}
 for who, runs in rows.items():
