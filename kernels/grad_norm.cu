@@ -67,7 +67,8 @@ __global__ void decide(const DecideStepArgs a) {
   const double clip = a.max_norm > 0 ? a.max_norm / (norm + 1e-6) : 1.0;
   s.norm = norm;
   s.gradient_scale = (clip < 1.0 ? clip : 1.0) * a.inverse_loss_scale;
-  s.skip = *a.non_finite != 0 ? 1 : 0;
+  const bool is_finite = fabs(norm) <= 1.7976931348623157e308;  // finite parts may overflow
+  s.skip = *a.non_finite != 0 || !is_finite ? 1 : 0;
   if (s.skip == 0) ++s.count;
 }
 

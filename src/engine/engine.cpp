@@ -5,17 +5,21 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <deque>
+#include <optional>
 #include <utility>
 
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/base/hash.h"
+#include "capstan/base/log.h"
 #include "capstan/base/trace.h"
 #include "capstan/device/accelerator.h"
 #include "capstan/optim/grad_norm.h"
 #include "capstan/optim/optimizer.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/plan/frozen.h"
+#include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
@@ -65,7 +69,19 @@ struct Engine::Impl {
       shards.push_back(store.shard());
       shard_stores.push_back(i);
     }
-    if (options.trains) optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
+    if (!options.trains) return;
+    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
+    if (!device.is_cpu()) choose_who_decides();
+  }
+
+  void choose_who_decides() {
+    const std::string reason = reason_to_wait(plan, *optimizer);
+    if (reason.empty()) on_device.emplace(shards, plan, *device::accelerator());
+    if (mesh.rank() != 0) return;
+    if (reason.empty())
+      log::info("engine", "steps are decided on the device, their reports come one step late");
+    else
+      log::info("engine", "the host waits for the outcome of every step: {}", reason);
   }
 
   // Loss, gradient squares and flags of all ranks in one small reduction.
@@ -118,6 +134,40 @@ struct Engine::Impl {
     for (const size_t s : shard_stores) model.stores[s]->publish();
   }
 
+  // Loss and gradient norm are read here.
+  void close_step(const Tensor& loss, int64_t target_tokens) {
+    const double local_loss = loss.defined() ? loss.item<double>() : 0;
+    auto verdict = control.close_step(sum_over_ranks(local_loss, target_tokens));
+    if (verdict.update.apply) apply(verdict.update);
+    if (model.balance)
+      verdict.report.experts = model.balance->finish_step(world, verdict.update.apply);
+    reports.push_back(std::move(verdict.report));
+  }
+
+  // Nothing is read: a skipped step changes no weight, so publishing it does no harm.
+  void close_on_device(const Tensor& loss, int64_t target_tokens) {
+    const trace::Span span("optimizer", "update");
+    on_device->decide({.loss = loss,
+                       .counts_loss = mesh.coord().tp == 0,
+                       .target_tokens = target_tokens,
+                       .lr = control.lr(static_cast<int64_t>(on_device->pending()))},
+                      world);
+    optimizer->step_on_device(on_device->numbers());
+    for (const size_t s : shard_stores) model.stores[s]->publish();
+    on_device->send_outcome();
+  }
+
+  [[nodiscard]] StepReport next_report() {
+    if (on_device) {
+      const auto outcome = on_device->receive();
+      return control.confirm_step(outcome.sums,
+                                  {outcome.applied, outcome.count, outcome.gradient_scale});
+    }
+    StepReport report = std::move(reports.front());
+    reports.pop_front();
+    return report;
+  }
+
   plan::Plan plan;
   mesh::Mesh& mesh;
   const at::Device device = device::run_device();
@@ -128,6 +178,8 @@ struct Engine::Impl {
   std::vector<parallel::Shard> shards;  // trainable ones
   std::vector<size_t> shard_stores;     // their stores
   std::unique_ptr<optim::Optimizer> optimizer;
+  std::optional<DeviceDecision> on_device;  // where the host does not wait for it
+  std::deque<StepReport> reports;           // of finished steps, not handed out yet
   EvalReport eval;
 };
 
@@ -136,6 +188,12 @@ Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineOptions options)
 Engine::~Engine() = default;
 
 StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& objective) {
+  CAPSTAN_CHECK(unreported_steps() == 0, "step() after start_step() without its finish_step()");
+  start_step(rows, objective);
+  return finish_step();
+}
+
+void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& objective) {
   Impl& e = *impl_;
   check_batches(rows, e.plan.batch);
   if (!e.device.is_cpu()) check_ids(rows, e.plan.model().shape.vocab_size);
@@ -148,17 +206,26 @@ StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& ob
   e.data.all_reduce(counts).wait();
   const auto on_device = to_device(batches, e.device);
   const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
-  StepControl::Verdict verdict;
-  e.executor.run(work, [&](double local_loss) {
+  e.executor.run(work, [&](const Tensor& loss) {
     e.model.buckets->finish_step();
-    verdict = e.control.close_step(e.sum_over_ranks(local_loss, static_cast<int64_t>(c[1])));
-    if (verdict.update.apply) e.apply(verdict.update);
-    if (e.model.balance)
-      verdict.report.experts = e.model.balance->finish_step(e.world, verdict.update.apply);
+    const auto target_tokens = static_cast<int64_t>(c[1]);
+    e.on_device ? e.close_on_device(loss, target_tokens) : e.close_step(loss, target_tokens);
   });
-  e.control.check_divergence(verdict.report);
-  return std::move(verdict.report);
 }
+
+StepReport Engine::finish_step() {
+  CAPSTAN_CHECK(unreported_steps() > 0, "finish_step() without a start_step()");
+  StepReport report = impl_->next_report();
+  impl_->control.check_divergence(report);
+  return report;
+}
+
+int64_t Engine::unreported_steps() const {
+  const Impl& e = *impl_;
+  return static_cast<int64_t>(e.on_device ? e.on_device->pending() : e.reports.size());
+}
+
+bool Engine::reports_late() const { return impl_->on_device.has_value(); }
 
 void Engine::evaluate(const MicroBatch& rows, const std::function<void(const Tensor&)>& per_token) {
   Impl& e = *impl_;
@@ -215,10 +282,14 @@ std::vector<mesh::StateEntry> Engine::state_entries() {
   return entries;
 }
 
-EngineScalars Engine::scalars() const { return impl_->control.scalars(); }
+EngineScalars Engine::scalars() const {
+  CAPSTAN_CHECK(unreported_steps() == 0, "scalars() between start_step() and its finish_step()");
+  return impl_->control.scalars();
+}
 
 void Engine::restore(const EngineScalars& scalars) {
   Impl& e = *impl_;
+  CAPSTAN_CHECK(unreported_steps() == 0, "restore() between start_step() and its finish_step()");
   // Ranks that resumed from different steps would train on without noticing.
   const Tensor steps = at::empty({e.world.size()}, at::kLong);
   e.world.all_gather(steps, at::full({1}, scalars.step, at::kLong)).wait();
@@ -234,6 +305,7 @@ void Engine::restore(const EngineScalars& scalars) {
                   .fix = "Name the checkpoint by --resume DIR"});
   }
   e.control.restore(scalars);
+  if (e.on_device) e.on_device->restore(scalars.optimizer_count);
   for (auto& store : e.model.stores) store->refresh();
 }
 

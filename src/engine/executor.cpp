@@ -92,7 +92,7 @@ Tensor Executor::boundary_like(const param::Context& context, const Tensor& ids_
                    ids_BT.options().dtype(parallel::scalar_type_of(plan_.precision.residual)));
 }
 
-void Executor::run(const StepWork& work, const std::function<void(double)>& finish) {
+void Executor::run(const StepWork& work, const std::function<void(const Tensor&)>& finish) {
   loss_ = Tensor();
   next_pass_ = 0;
   in_flight_.clear();  // a step that threw may have left something
@@ -106,12 +106,9 @@ void Executor::run(const StepWork& work, const std::function<void(double)>& fini
     }
     for (auto& sent : sends_) sent.wait();
     sends_.clear();
-    finish(read_loss());
+    finish(loss_);
   }
 }
-
-// Waits for the device: once a step.
-double Executor::read_loss() const { return loss_.defined() ? loss_.item<double>() : 0; }
 
 void Executor::add_loss(const Tensor& loss) {
   const at::NoGradGuard no_grad;

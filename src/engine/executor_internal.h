@@ -30,9 +30,10 @@ class Executor {
   // All must outlive the executor.
   Executor(const plan::Plan& plan, parallel::ParallelModel& model, mesh::Mesh& mesh, Trace trace);
 
-  // Forward and backward of all micro-batches. At the plan's step instruction, when all gradient sums
-  // are issued, finish is called with this rank's part of the step's loss, without loss scale.
-  void run(const StepWork& work, const std::function<void(double loss)>& finish);
+  // Forward and backward of all micro-batches. At the plan's step instruction, when all gradient
+  // sums are issued, finish is called with this rank's part of the step's loss, without loss scale:
+  // fp64, 0-d, undefined on ranks without the last stage.
+  void run(const StepWork& work, const std::function<void(const Tensor& loss)>& finish);
 
   // Without graph, through all stages. Results are undefined on ranks without the last stage.
   // Collective over: pp (and the axes of the seams).
@@ -41,7 +42,6 @@ class Executor {
   [[nodiscard]] int last_pipeline_rank() const { return plan_.schedule.rank_of.back(); }
 
  private:
-  [[nodiscard]] double read_loss() const;
   void add_loss(const Tensor& loss);
   struct BlockRun {
     std::vector<Edge> leaves, roots;  // of its graph, by place in a BlockIO

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/optim/grad_norm.h"
 
@@ -44,7 +45,7 @@ StepControl::Verdict StepControl::close_step(const StepSums& sums) {
   const double norm = std::sqrt(sums.squares) / scale_.value();
   const std::string skipped = reason_to_skip(sums, norm);
   const bool is_finite = !skipped.starts_with("nonfinite");
-  const double lr = optim::lr_of_step(lr_, scalars_.step);
+  const double lr = this->lr();
   if (skipped.empty()) {
     const double clip =
         recipe_.max_grad_norm ? optim::clip_factor(norm, *recipe_.max_grad_norm) : 1.0;
@@ -63,8 +64,27 @@ StepControl::Verdict StepControl::close_step(const StepSums& sums) {
   report.grad_norm = norm;
   report.lr = lr;
   report.target_tokens = sums.target_tokens;
+  report.tokens = scalars_.tokens;
+  report.samples = scalars_.samples;
   report.skipped = skipped;
   return verdict;
+}
+
+double StepControl::lr(int64_t ahead) const {
+  return optim::lr_of_step(lr_, scalars_.step + ahead);
+}
+
+StepReport StepControl::confirm_step(const StepSums& sums, const Decided& device) {
+  const Verdict own = close_step(sums);
+  const double scale = own.update.gradient_scale;
+  CAPSTAN_CHECK(device.applied == own.update.apply && device.count == scalars_.optimizer_count,
+                "step {}: the device {} it as update {}, the host's rules say {} ('{}')",
+                own.report.step, device.applied ? "applied" : "skipped", device.count,
+                scalars_.optimizer_count, own.report.skipped);
+  CAPSTAN_CHECK(!device.applied || std::fabs(device.gradient_scale - scale) <= 1e-9 * scale,
+                "step {}: the device scaled gradients by {}, the host's rules say {}",
+                own.report.step, device.gradient_scale, scale);
+  return own.report;
 }
 
 void StepControl::check_divergence(const StepReport& last) const {

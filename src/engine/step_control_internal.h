@@ -25,6 +25,8 @@ class StepControl {
   explicit StepControl(const plan::Plan& plan);
 
   [[nodiscard]] double loss_scale() const { return scale_.value(); }
+  // Of the step after `ahead` steps that are not closed yet.
+  [[nodiscard]] double lr(int64_t ahead = 0) const;
 
   struct Update {
     bool apply = false;
@@ -38,6 +40,14 @@ class StepControl {
   // Closes one step: progress advances whether it is applied or not; moments and count do not if it
   // is skipped.
   [[nodiscard]] Verdict close_step(const StepSums& sums);
+  // The same for a step that the device has closed by the same rules: its verdict must be this
+  // one's, else InternalError.
+  struct Decided {
+    bool applied = false;
+    int64_t count = 0;
+    double gradient_scale = 1;
+  };
+  [[nodiscard]] StepReport confirm_step(const StepSums& sums, const Decided& device);
   // Throws DivergenceError when too many steps in a row were skipped as non-finite.
   void check_divergence(const StepReport& last) const;
 

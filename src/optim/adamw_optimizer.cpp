@@ -4,10 +4,13 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "capstan/base/error.h"
 #include "capstan/optim/adamw.h"
+#include "capstan/optim/device_step.h"
+#include "optim/adamw_by_numbers_internal.h"
 #include "optim/device_update_internal.h"
 #include "optim/optimizers_internal.h"
 
@@ -29,14 +32,22 @@ class AdamW final : public Optimizer {
   }
 
   void step(const UpdateStep& step) override {
-    const AdamWStep numbers{.lr = step.lr,
-                            .beta1 = recipe_.betas[0],
-                            .beta2 = recipe_.betas[1],
-                            .eps = recipe_.eps,
-                            .weight_decay = recipe_.weight_decay,
-                            .gradient_scale = step.gradient_scale,
-                            .count = step.count};
+    AdamWStep numbers = constants();
+    numbers.lr = step.lr;
+    numbers.gradient_scale = step.gradient_scale;
+    numbers.count = step.count;
     on_device_ ? on_device_->step(numbers) : adamw_update(jobs_, numbers);
+  }
+
+  void step_on_device(const StepNumbers& numbers) override {
+    on_device_ ? on_device_->step_by(constants(), numbers.bytes)
+               : adamw_by_numbers(jobs_, constants(), numbers);
+  }
+
+  [[nodiscard]] bool reads_device_numbers() const override {
+    return std::all_of(tensors_.begin(), tensors_.end(), [](const AdamWTensors& t) {
+      return !t.weights.is_cpu() && !t.gradient.is_cpu();
+    });
   }
 
   std::vector<OptimizerState> states() override {
@@ -49,6 +60,13 @@ class AdamW final : public Optimizer {
   }
 
  private:
+  [[nodiscard]] AdamWStep constants() const {
+    return {.beta1 = recipe_.betas[0],
+            .beta2 = recipe_.betas[1],
+            .eps = recipe_.eps,
+            .weight_decay = recipe_.weight_decay};
+  }
+
   recipe::Optimizer recipe_;
   std::vector<AdamWTensors> tensors_;
   std::vector<AdamWJob> jobs_;  // point into tensors_

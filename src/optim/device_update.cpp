@@ -5,10 +5,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "capstan/device/accelerator.h"
 #include "capstan/ops/device_kernels.h"
+#include "optim/to_device_internal.h"
 
 namespace capstan::optim {
 namespace {
@@ -17,14 +17,6 @@ DType dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble  ? DType::kFp64
          : x.scalar_type() == at::kFloat ? DType::kFp32
                                          : DType::kBf16;
-}
-
-// Bytes in pinned memory, whose copy to the device is queued like a kernel.
-at::Tensor to_device(const void* bytes, size_t count) {
-  device::Accelerator& accelerator = *device::accelerator();
-  const at::Tensor pinned = accelerator.empty_pinned({static_cast<int64_t>(count)}, at::kByte);
-  std::memcpy(pinned.mutable_data_ptr(), bytes, count);
-  return pinned.to(accelerator.device(), at::kByte, /*non_blocking=*/true);
 }
 
 }  // namespace
@@ -54,6 +46,10 @@ void DeviceUpdate::step(const AdamWStep& step) const {
   const kernels::StepState state{
       .lr = step.lr, .gradient_scale = step.gradient_scale, .count = step.count};
   const at::Tensor on_device = to_device(&state, sizeof state);
+  step_by(step, on_device);
+}
+
+void DeviceUpdate::step_by(const AdamWStep& step, const at::Tensor& on_device) const {
   const auto stream = static_cast<kernels::Stream>(device::accelerator()->current_stream().handle);
   for (const Piece& piece : pieces_) {
     const AdamWTensors& t = *piece.tensors;

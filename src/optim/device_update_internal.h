@@ -17,6 +17,8 @@ class DeviceUpdate {
   [[nodiscard]] static bool fits(std::span<const AdamWJob> jobs);
   explicit DeviceUpdate(std::span<const AdamWJob> jobs);
   void step(const AdamWStep& step) const;
+  // By a kernels::StepState that is in device memory already; of `step` betas, eps and decay count.
+  void step_by(const AdamWStep& step, const at::Tensor& on_device) const;
 
  private:
   struct Piece {

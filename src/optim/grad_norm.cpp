@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "capstan/base/check.h"
+#include "capstan/optim/device_step.h"
 #include "optim/cpu/kernels.h"
 
 namespace capstan::optim {
@@ -62,38 +63,24 @@ SquareSums sum(const std::vector<Task>& tasks) {
 }
 
 // Off the CPU: norms of ranges in fp64, read once.
-SquareSums sum_by_aten(std::span<const parallel::Shard> shards) {
-  std::vector<at::Tensor> norms;
-  std::vector<bool> counted;
-  for (const parallel::Shard& shard : shards) {
-    if (!shard.gradient.defined()) continue;
-    for (const parallel::ShardRange& range : shard.ranges) {
-      const at::Tensor part = shard.gradient.narrow(0, range.begin, range.end - range.begin);
-      norms.push_back(at::linalg_vector_norm(part, 2, {}, false, at::kDouble));
-      counted.push_back(range.counted);
-    }
-  }
-  SquareSums sums;
-  if (norms.empty()) return sums;
-  const at::Tensor read = at::stack(norms).cpu();
-  const double* const norm = read.const_data_ptr<double>();
-  for (size_t i = 0; i < norms.size(); ++i) {
-    sums.is_finite = sums.is_finite && std::isfinite(norm[i]);
-    if (counted[i]) sums.counted += norm[i] * norm[i];
-  }
-  return sums;
+SquareSums sum_by_aten(std::span<const parallel::Shard> shards, at::Device device) {
+  const at::Tensor read = sum_squares_by_aten(shards, device).cpu();
+  const double* const sums = read.const_data_ptr<double>();
+  return {.counted = sums[0], .is_finite = sums[1] == 0};
 }
 
-bool is_on_cpu(std::span<const parallel::Shard> shards) {
-  return std::all_of(shards.begin(), shards.end(), [](const parallel::Shard& shard) {
-    return !shard.gradient.defined() || shard.gradient.is_cpu();
-  });
+// The gradients' device; the CPU's if there are none.
+at::Device device_of(std::span<const parallel::Shard> shards) {
+  for (const parallel::Shard& shard : shards)
+    if (shard.gradient.defined()) return shard.gradient.device();
+  return at::kCPU;
 }
 
 }  // namespace
 
 SquareSums sum_of_squares(std::span<const parallel::Shard> shards) {
-  if (!is_on_cpu(shards)) return sum_by_aten(shards);
+  if (const at::Device device = device_of(shards); !device.is_cpu())
+    return sum_by_aten(shards, device);
   std::vector<Task> tasks;
   for (const parallel::Shard& shard : shards) {
     if (!shard.gradient.defined()) continue;

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <utility>
 
+#include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "optim/optimizers_internal.h"
 
@@ -24,6 +25,10 @@ Registry& registry() {
 }
 
 }  // namespace
+
+void Optimizer::step_on_device(const StepNumbers&) {
+  CAPSTAN_CHECK(false, "an optimizer that does not read numbers on the device was handed some");
+}
 
 void register_optimizer(const std::string& name, OptimizerBuilder builder) {
   const std::lock_guard lock(registry().mutex);

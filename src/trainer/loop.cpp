@@ -140,7 +140,8 @@ Loop::Loop(LoopInputs inputs, engine::Engine& engine, mesh::Mesh& mesh)
           make_commit_group(mesh.world()),
           {in_.plan.resolved.checkpoint.keep_last, in_.plan.resolved.checkpoint.keep_every_steps},
           in_.plan.resolved.checkpoint.asynchronous),
-      documents_(data::parse_documents(in_.plan.resolved.data.documents)) {
+      documents_(data::parse_documents(in_.plan.resolved.data.documents)),
+      step_(engine.scalars().step) {
   open_validation();
   start_records();
 }
@@ -185,26 +186,48 @@ void Loop::start_records() {
                     .resumed_step = in_.resumed_step});
 }
 
-engine::StepReport Loop::one_step(data::Prefetcher& prefetcher) {
+void Loop::start_step(data::Prefetcher& prefetcher) {
   static const std::unique_ptr<engine::Objective> objective = engine::make_next_token_objective();
   Agreement agreement(mesh_.world(), mesh_.rank());
-  const int64_t begin = monotonic_ns();
+  Started started{.begin_ns = monotonic_ns()};
   const data::SampleBatch batch = prefetcher.next();
-  const engine::StepReport report =
-      engine_.step(split_batch(batch, in_.plan.batch.micro_samples, documents_), *objective);
+  started.wait_ms = prefetcher.wait_ms();
+  engine_.start_step(split_batch(batch, in_.plan.batch.micro_samples, documents_), *objective);
+  started_.push_back(started);
+  ++step_;
   agreed_ = agreement.wait();
-  record_step(report, ms_since(begin), prefetcher.wait_ms());
-  return report;
+}
+
+// A step that waited for the one before lasts from that one's end.
+void Loop::finish_step() {
+  const engine::StepReport report = engine_.finish_step();
+  const Started started = started_.front();
+  started_.pop_front();
+  record_step(report, ms_since(std::max(started.begin_ns, reported_ns_)), started.wait_ms);
+  reported_ns_ = monotonic_ns();
+  if (in_.options.on_step) in_.options.on_step(report.step, report.loss);
+}
+
+void Loop::finish_steps(int64_t left) {
+  while (engine_.unreported_steps() > left) finish_step();
+}
+
+// Before what needs the scalars or the weights of this step, and after the first: its report is
+// the first sign that all is well.
+bool Loop::needs_all_reports() const {
+  const recipe::Recipe& recipe = in_.plan.resolved;
+  return !engine_.reports_late() || reported_ns_ == 0 || agreed_.stop_signal != 0 ||
+         step() == in_.plan.batch.total_steps || is_due(recipe.eval.interval_steps) ||
+         is_due(recipe.checkpoint.interval_steps);
 }
 
 void Loop::record_step(const engine::StepReport& report, double step_ms, double wait_ms) {
   last_loss_ = report.loss;
   if (!recorder_) return;
-  const engine::EngineScalars scalars = engine_.scalars();
   metrics::StepRecord record;
   record.step = report.step;
-  record.tokens = scalars.tokens;
-  record.samples = scalars.samples;
+  record.tokens = report.tokens;
+  record.samples = report.samples;
   record.loss = report.loss;
   record.grad_norm = report.grad_norm;
   record.lr = report.lr;
@@ -332,9 +355,9 @@ TrainResult Loop::run() {
   bool first = true;
   while (step() < in_.plan.batch.total_steps) {
     update_trace();
-    const engine::StepReport report = one_step(prefetcher);
+    start_step(prefetcher);
+    finish_steps(needs_all_reports() ? 0 : 1);
     if (std::exchange(first, false)) mesh_.world().set_timeout(recipe.run.step_timeout_s);
-    if (in_.options.on_step) in_.options.on_step(report.step, report.loss);
     report_save(saver_.poll(), false);
     if (agreed_.stop_signal != 0 && step() < in_.plan.batch.total_steps) {
       if (is_first())

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The steps of a run between build and end: data, step, metrics, evaluation, checkpoints, stop.
 #pragma once
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,11 +44,18 @@ class Loop {
   class Agreement;
 
   [[nodiscard]] bool is_first() const { return mesh_.rank() == 0; }
-  [[nodiscard]] int64_t step() const { return engine_.scalars().step; }
+  [[nodiscard]] int64_t step() const { return step_; }  // started steps
   [[nodiscard]] bool is_due(const std::optional<int64_t>& interval) const;
   void open_validation();
   void start_records();
-  engine::StepReport one_step(data::Prefetcher& prefetcher);
+  struct Started {
+    int64_t begin_ns = 0;
+    double wait_ms = 0;
+  };
+  void start_step(data::Prefetcher& prefetcher);
+  void finish_step();
+  void finish_steps(int64_t left);  // until so many are unreported
+  [[nodiscard]] bool needs_all_reports() const;
   void record_step(const engine::StepReport& report, double step_ms, double wait_ms);
   void evaluate_all();
   void save(bool wait);
@@ -65,6 +73,9 @@ class Loop {
   metrics::TraceCollector* tracer_ = nullptr;  // while a trace is taken
   data::Documents documents_;
   Agreed agreed_;
+  int64_t step_ = 0;
+  std::deque<Started> started_;  // without report
+  int64_t reported_ns_ = 0;
   double peak_flops_per_rank_ = 0;
   int64_t started_ns_ = 0, last_saved_step_ = -1, last_evaluated_step_ = -1;
   double last_loss_ = 0;

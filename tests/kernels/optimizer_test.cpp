@@ -322,6 +322,7 @@ TEST_F(GradientNorm, DecideStep_ClipsCountsAndSkips) {
   const StepState skipped = decided(NAN, 1, 1.0, 1.0);
   EXPECT_EQ(skipped.count, 4);
   EXPECT_EQ(skipped.skip, 1);
+  EXPECT_EQ(decided(INFINITY, 0, 1.0, 1.0).skip, 1);  // no part was, their sum is
 }
 
 }  // namespace

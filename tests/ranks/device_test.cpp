@@ -7,7 +7,10 @@
 
 #include <algorithm>
 #include <cctype>
+#include <limits>
 #include <map>
+#include <memory>
+#include <set>
 
 #include "capstan/base/error.h"
 #include "capstan/checkpoint/saver.h"
@@ -70,6 +73,69 @@ testing::TinyHooks on_own_thread() {
           .objective = {}};
 }
 
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// Gradients of the given steps (from 0) are multiplied.
+testing::TinyHooks poison(std::set<int> steps, double factor, bool own_thread) {
+  testing::TinyHooks hooks;
+  hooks.hooks = [=](int rank) {
+    EngineHooks made = own_thread ? on_own_thread().hooks(rank) : EngineHooks{};
+    made.before_reduce = [=, step = -1](int bucket, const Tensor& gradients) mutable {
+      if (bucket == 0) ++step;
+      if (bucket == 1 && steps.contains(step)) gradients.mul_(factor);
+    };
+    return made;
+  };
+  return hooks;
+}
+
+// Next token, but the weights of the third step's four micro-batches are not numbers.
+class PoisonedLoss final : public Objective {
+ public:
+  double local_denominator(const std::vector<MicroBatch>& batches) const override {
+    return base_->local_denominator(batches);
+  }
+  Tensor weights(const MicroBatch& batch, double denominator) const override {
+    const int64_t call = calls_++;
+    const Tensor weights_BT = base_->weights(batch, denominator);
+    return call >= 8 && call < 12 ? weights_BT.mul(kNan) : weights_BT;
+  }
+  Tensor loss(const nn::TokenScores&, const MicroBatch&, double) const override { return {}; }
+
+ private:
+  mutable int64_t calls_ = 0;
+  std::unique_ptr<Objective> base_ = make_next_token_objective();
+};
+
+struct Spoilt {
+  const char* name;
+  TinyRun run;
+  int updates;  // that are applied
+  std::function<testing::TinyHooks(bool own_thread)> hooks;
+};
+std::vector<Spoilt> spoilt_runs() {
+  const auto gradients = [](std::set<int> steps, double factor) {
+    return [=](bool own) { return poison(steps, factor, own); };
+  };
+  const auto losses = [](bool own) {
+    testing::TinyHooks hooks = poison({}, 1, own);
+    hooks.objective = [](int) { return std::make_unique<PoisonedLoss>(); };
+    return hooks;
+  };
+  const double huge = 1e200;  // finite, its square is not
+  return {
+      {"clean", {.steps = 5}, 5, gradients({}, 1)},
+      {"unclipped",
+       {.steps = 5, .overrides = {"optimizer.max_grad_norm=none"}},
+       5,
+       gradients({}, 1)},
+      {"NaN gradient", {.steps = 5}, 4, gradients({2}, kNan)},
+      {"NaN loss", {.steps = 5}, 4, losses},
+      {"first and last", {.steps = 5}, 3, gradients({0, 4}, kNan)},
+      {"squares that overflow", {.steps = 5}, 4, gradients({1}, huge)},
+  };
+}
+
 struct Evaluated {
   TinyResult run;
   double loss = 0;
@@ -101,12 +167,17 @@ class OnTheCpu : public ::testing::Environment {
     static std::map<std::string, Evaluated> of_case;
     return of_case;
   }
+  static std::map<std::string, TinyResult>& spoilt() {
+    static std::map<std::string, TinyResult> of_run;
+    return of_run;
+  }
   static TinyResult& narrow() {
     static TinyResult result;
     return result;
   }
   void SetUp() override {
     for (const Case& c : cases()) results()[c.name] = evaluate({.overrides = c.overrides});
+    for (const Spoilt& s : spoilt_runs()) spoilt()[s.name] = train(s.run, s.hooks(false));
     narrow() = train({.overrides = {"precision.compute=bf16"}});
     test::install_fake_device();
   }
@@ -151,17 +222,121 @@ TEST(Device, Bf16_StaysCloseToTheCpu) {
   }
 }
 
-// The loss and the gradient norm; nothing inside the micro-batches.
-TEST(Device, TheHostWaitsTwiceInAStep) {
+// Steps that are queued ahead of their reports; afterwards those of the ordinary run must have
+// come.
+std::vector<StepReport> train_ahead(
+    Engine& engine, int rank, int steps,
+    const std::unique_ptr<Objective>& objective = make_next_token_objective()) {
+  std::vector<StepReport> reports;
+  for (int step = 0; step < steps; ++step) {
+    engine.start_step(make_batches(engine.plan(), rank, step), *objective);
+    if (engine.unreported_steps() > 1) reports.push_back(engine.finish_step());
+  }
+  while (engine.unreported_steps() > 0) reports.push_back(engine.finish_step());
+  return reports;
+}
+
+void expect_no_waits(const TinyRun& run) {
+  testing::with_engines(
+      run,
+      [](int rank, Engine& engine) {
+        ASSERT_TRUE(engine.reports_late());
+        (void)train_ahead(engine, rank, 2);
+        const int64_t before = test::host_syncs();
+        (void)train_ahead(engine, rank, 4);
+        const int64_t waits = test::host_syncs() - before;
+        EXPECT_EQ(waits, 0) << test::last_host_syncs(waits);
+      },
+      on_own_thread());
+}
+
+TEST(Device, TheHostNeverWaitsInAStep) {
+  for (const char* more : {"optimizer.max_grad_norm=1.0", "data.documents=separate",
+                           "precision.compute=bf16", "parallel.recompute.mode=block"}) {
+    SCOPED_TRACE(more);
+    expect_no_waits({.overrides = {more}});
+    ops::install_device_kernels(&test::fake_kernels());
+    expect_no_waits({.overrides = {more}});
+    ops::install_device_kernels(nullptr);
+  }
+}
+
+void expect_reports_late(const std::vector<std::string>& overrides, bool late) {
+  testing::with_engines(
+      {.overrides = overrides},
+      [&](int rank, Engine& engine) {
+        EXPECT_EQ(engine.reports_late(), late) << overrides.front();
+        engine.start_step(make_batches(engine.plan(), rank, 0), *make_next_token_objective());
+        EXPECT_EQ(engine.unreported_steps(), 1);
+        EXPECT_EQ(engine.finish_step().step, 1);
+      },
+      on_own_thread());
+}
+
+TEST(Device, WhatTheHostDecides_IsKnownFromTheRecipe) {
+  expect_reports_late({"run.seed=1"}, true);
+  expect_reports_late({"optimizer.spike_skip={sigma: 6.0, window: 16}"}, false);
+  expect_reports_late({"precision.compute=fp16"}, false);
+  expect_reports_late({"precision.compute=fp16", "precision.loss_scale=128"}, true);
+  expect_reports_late({"parallel.zero.stage=1", "parallel.zero.offload=optimizer"}, false);
+  expect_reports_late({"model.family=moe", "model.experts.count=4"}, false);
+}
+
+// Skipped steps, decided on the device, against the CPU's.
+class SkippedOnADevice : public ::testing::TestWithParam<bool> {
+ public:
+  void SetUp() override {
+    if (GetParam()) ops::install_device_kernels(&test::fake_kernels());
+  }
+  void TearDown() override { ops::install_device_kernels(nullptr); }
+};
+
+TEST_P(SkippedOnADevice, StepsAreThoseOfTheCpu) {
+  for (const Spoilt& spoilt : spoilt_runs()) {
+    SCOPED_TRACE(spoilt.name);
+    const TinyResult& expected = OnTheCpu::spoilt().at(spoilt.name);
+    testing::expect_same_run(train(spoilt.run, spoilt.hooks(true)), expected, 1e-10);
+    TinyResult ahead;
+    testing::with_engines(
+        spoilt.run,
+        [&](int rank, Engine& engine) {
+          const auto hooks = spoilt.hooks(true);
+          ahead.reports =
+              train_ahead(engine, rank, spoilt.run.steps,
+                          hooks.objective ? hooks.objective(rank) : make_next_token_objective());
+          ahead.weights = testing::copy_weights(engine);
+          EXPECT_EQ(engine.scalars().optimizer_count, spoilt.updates);
+        },
+        spoilt.hooks(true));
+    testing::expect_same_run(ahead, expected, 1e-10);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Forms, SkippedOnADevice, ::testing::Bool(),
+                         [](const auto& one) { return one.param ? "ByOurKernels" : "ByAten"; });
+
+// The limit is noticed one step late at most.
+TEST(Device, LimitOfSkippedSteps_EndsTheRun) {
+  testing::with_engines(
+      {.overrides = {"optimizer.nonfinite_limit=2"}},
+      [](int rank, Engine& engine) {
+        EXPECT_THROW((void)train_ahead(engine, rank, 9), DivergenceError);
+        EXPECT_LE(engine.unreported_steps(), 1);
+      },
+      poison({2, 3}, kNan, true));
+}
+
+TEST(Device, ScalarsOfAStepOnItsWay_AreRefused) {
   testing::with_engines(
       {},
       [](int rank, Engine& engine) {
         const auto objective = make_next_token_objective();
-        (void)engine.step(make_batches(engine.plan(), rank, 0), *objective);
-        const int64_t before = test::host_syncs();
-        (void)engine.step(make_batches(engine.plan(), rank, 1), *objective);
-        const int64_t waits = test::host_syncs() - before;
-        EXPECT_LE(waits, 2) << test::last_host_syncs(waits);
+        engine.start_step(make_batches(engine.plan(), rank, 0), *objective);
+        EXPECT_THROW((void)engine.scalars(), InternalError);
+        EXPECT_THROW((void)engine.step(make_batches(engine.plan(), rank, 1), *objective),
+                     InternalError);
+        (void)engine.finish_step();
+        EXPECT_EQ(engine.scalars().step, 1);
+        EXPECT_THROW((void)engine.finish_step(), InternalError);
       },
       on_own_thread());
 }

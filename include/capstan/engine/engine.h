@@ -52,7 +52,8 @@ struct StepReport {
       0;  // mean over the target tokens of this step, all ranks; may be non-finite when skipped
   double grad_norm = 0;  // before clipping
   double lr = 0;
-  int64_t target_tokens = 0;  // all ranks
+  int64_t target_tokens = 0;        // all ranks
+  int64_t tokens = 0, samples = 0;  // of all finished steps and ranks
   // Empty, or why: "nonfinite loss", "nonfinite gradient", "spike", "no target tokens".
   std::string skipped;
   std::optional<double> loss_scale;
@@ -107,8 +108,21 @@ class Engine {
   // Runs one step over plan.batch.micro_batches micro-batches of this rank's data coordinate, in
   // whole rows: ranks that differ along pp, cp and tp only are handed the same ones.
   // Throws DivergenceError after optimizer.nonfinite_limit skipped steps in a row (the same on all
-  // ranks). Collective over: world.
+  // ranks). On a device the host waits for the step's end. Collective over: world.
   StepReport step(const std::vector<MicroBatch>& batches, const Objective& objective);
+
+  // The two halves of step(), for loops that keep a device busy: start_step queues a step and its
+  // update, finish_step gives the report of the oldest step that has none yet (and throws as step()
+  // does). Where reports_late() is true nothing in start_step waits for the device, so a loop
+  // starts the next step before it finishes this one; else a started step is done. Collective over:
+  // world.
+  void start_step(const std::vector<MicroBatch>& batches, const Objective& objective);
+  StepReport finish_step();
+  [[nodiscard]] int64_t unreported_steps() const;
+  // Loss, gradient norm and what follows from them stay on the device. False on the CPU and where
+  // the host decides; the log says why at the start.
+  [[nodiscard]] bool reports_late() const;
+
   // Adds the scores of one micro-batch; call report_eval when all are in. `per_token` receives log
   // p(target) [B, T] of whole rows; all ranks give it or none. Collective over: pp, cp, tp.
   void evaluate(const MicroBatch& batch,
@@ -122,6 +136,7 @@ class Engine {
   // Views of live storage: master weights and moments, as this rank holds them. Valid until the
   // engine dies.
   [[nodiscard]] std::vector<mesh::StateEntry> state_entries();
+  // Not while steps are unreported.
   [[nodiscard]] EngineScalars scalars() const;
   // After state entries were written to: refreshes compute copies and versions. Collective over:
   // world.

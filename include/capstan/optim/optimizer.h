@@ -23,6 +23,8 @@ struct UpdateStep {
   int64_t count = 1;  // number of this update, from 1; skipped steps do not count
 };
 
+struct StepNumbers;  // device_step.h
+
 // One state tensor of one shard, as long as the shard and laid out like it; padding is zero.
 struct OptimizerState {
   std::string kind;  // "exp_avg"
@@ -35,6 +37,10 @@ class Optimizer {
   virtual ~Optimizer() = default;
   // Updates master and copy of all shards. Padding stays zero.
   virtual void step(const UpdateStep& step) = 0;
+  // The same by numbers that are in device memory, where a step may also be skipped: nothing waits
+  // for them. Only where reads_device_numbers() is true.
+  virtual void step_on_device(const StepNumbers& numbers);
+  [[nodiscard]] virtual bool reads_device_numbers() const { return false; }
   // Views of live storage, for checkpoints. Equal order for equal shards.
   [[nodiscard]] virtual std::vector<OptimizerState> states() = 0;
 };

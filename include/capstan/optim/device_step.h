@@ -1,0 +1,73 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// A step decided on the accelerator: gradient norm, clip factor and whether the step counts are
+// computed where the gradients are, and optimizers read them there. The rules are those of
+// engine/step_control; by our kernels where they are installed, else by ATen. Nothing here makes
+// the host wait for the device.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "capstan/parallel/shard.h"
+
+namespace capstan::optim {
+
+using at::Tensor;
+
+// Views of one kernels::StepState in device memory, all without dims but `bytes`.
+struct StepNumbers {
+  Tensor bytes;                     // the whole struct, as uint8
+  Tensor lr, gradient_scale, norm;  // fp64; the scale is clip factor / loss scale
+  Tensor count;                     // int64: updates so far, this one included
+  Tensor skip;                      // int32: 1 = optimizers leave everything as it is
+};
+[[nodiscard]] StepNumbers make_step_numbers(at::Device device);
+
+// What is added up over ranks, fp64 on the device: [4], in this order.
+struct DeviceSums {
+  enum Place { kLoss = 0, kSquares = 1, kNonFiniteLoss = 2, kNonFiniteGradient = 3, kCount = 4 };
+};
+
+struct DeviceStepOptions {
+  double max_norm = 0;  // 0 = no clipping
+  double loss_scale = 1;
+};
+
+class DeviceStep {
+ public:
+  // Gradients of all shards are on `device`; the shards' memory must outlive this.
+  DeviceStep(const std::vector<parallel::Shard>& shards, at::Device device,
+             const DeviceStepOptions& options);
+
+  // Numbers of the step at hand, and of the updates before it.
+  void set_lr(double lr);
+  void set_count(int64_t count);
+  // Writes kSquares and kNonFiniteGradient of this rank into sums [4].
+  void sum_squares(const Tensor& sums);
+  // From sums over all ranks: norm, scale and skip; counts the step if it is not skipped. A step is
+  // skipped if anything in it is not finite, or if `is_void` says so.
+  void decide(const Tensor& sums, bool is_void);
+  [[nodiscard]] const StepNumbers& numbers() const { return numbers_; }
+
+ private:
+  struct Tiled {
+    Tensor gradient, tiles;  // kernels::Tile, as bytes
+    int64_t count = 0;
+  };
+  void cut_tiles(const std::vector<parallel::Shard>& shards);
+
+  const std::vector<parallel::Shard>& shards_;
+  DeviceStepOptions options_;
+  StepNumbers numbers_;
+  std::vector<Tiled> tiled_;     // with our kernels
+  Tensor partial_, non_finite_;  // work space of squared_norm; flag, int32 [1]
+};
+
+// Squares of the counted elements and whether one of all is not finite (0 or 1), fp64 [2], by ATen.
+[[nodiscard]] Tensor sum_squares_by_aten(std::span<const parallel::Shard> shards,
+                                         at::Device device);
+
+}  // namespace capstan::optim

@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/device_decision_internal.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <chrono>
+#include <thread>
+#include <utility>
+
+namespace capstan::engine {
+namespace {
+
+using optim::DeviceSums;
+
+// Behind the sums; all of them fp64 on their way to the host.
+enum Decided { kSkip = DeviceSums::kCount, kUpdates, kScale, kValues };
+
+// Far below a step, far above a query.
+constexpr std::chrono::microseconds kBetweenLooks{50};
+
+}  // namespace
+
+DeviceDecision::DeviceDecision(const std::vector<parallel::Shard>& shards, const plan::Plan& plan,
+                               device::Accelerator& accelerator)
+    : accelerator_(accelerator),
+      step_(shards, accelerator.device(),
+            {.max_norm = plan.resolved.optimizer.max_grad_norm.value_or(0),
+             .loss_scale = plan.precision.loss_scale}),
+      values_(at::zeros({kValues},
+                        at::TensorOptions().device(accelerator.device()).dtype(at::kDouble))) {}
+
+DeviceDecision::~DeviceDecision() {
+  for (const Pending& step : pending_) accelerator_.destroy(step.done);
+  for (const device::Event event : events_) accelerator_.destroy(event);
+}
+
+void DeviceDecision::decide(const Part& part, const comm::Communicator& world) {
+  const at::NoGradGuard no_grad;
+  const Tensor sums = values_.narrow(0, 0, DeviceSums::kCount);
+  sums.zero_();
+  if (part.loss.defined()) {
+    if (part.counts_loss) sums[DeviceSums::kLoss].copy_(part.loss);
+    sums[DeviceSums::kNonFiniteLoss].copy_(part.loss.isfinite().logical_not());
+  }
+  step_.sum_squares(sums);
+  if (world.size() > 1) world.all_reduce(sums).wait();
+  step_.set_lr(part.lr);
+  step_.decide(sums, part.target_tokens == 0);
+  target_tokens_ = part.target_tokens;
+}
+
+void DeviceDecision::send_outcome() {
+  const optim::StepNumbers& n = step_.numbers();
+  values_[kSkip].copy_(n.skip);
+  values_[kUpdates].copy_(n.count);
+  values_[kScale].copy_(n.gradient_scale);
+  Pending step{.values = accelerator_.empty_pinned({kValues}, at::kDouble),
+               .done = {},
+               .target_tokens = target_tokens_};
+  step.values.copy_(values_, /*non_blocking=*/true);
+  if (events_.empty()) events_.push_back(accelerator_.create_event());
+  step.done = events_.back();
+  events_.pop_back();
+  accelerator_.record(step.done, accelerator_.current_stream());
+  pending_.push_back(std::move(step));
+}
+
+DeviceDecision::Outcome DeviceDecision::receive() {
+  const Pending step = std::move(pending_.front());
+  pending_.pop_front();
+  events_.push_back(step.done);
+  while (!accelerator_.is_done(step.done)) std::this_thread::sleep_for(kBetweenLooks);
+  const double* const v = step.values.const_data_ptr<double>();
+  return {.sums = {.loss = v[DeviceSums::kLoss],
+                   .squares = v[DeviceSums::kSquares],
+                   .loss_is_finite = v[DeviceSums::kNonFiniteLoss] == 0,
+                   .gradient_is_finite = v[DeviceSums::kNonFiniteGradient] == 0,
+                   .target_tokens = step.target_tokens},
+          .applied = v[kSkip] == 0,
+          .count = static_cast<int64_t>(v[kUpdates]),
+          .gradient_scale = v[kScale]};
+}
+
+std::string reason_to_wait(const plan::Plan& plan, const optim::Optimizer& optimizer) {
+  if (plan.resolved.optimizer.spike_skip.sigma)
+    return "optimizer.spike_skip.sigma is judged by the host";
+  if (plan.precision.dynamic_loss_scale) return "the dynamic loss scale of fp16 is the host's";
+  if (plan.model().shape.experts.count > 0) return "routers and their balance are on the host";
+  if (plan.resolved.parallel.zero.offload != "none") return "the optimizer is on the host";
+  if (!optimizer.reads_device_numbers())
+    return "the optimizer (" + plan.resolved.optimizer.name + ") is handed its numbers by the host";
+  return {};
+}
+
+}  // namespace capstan::engine

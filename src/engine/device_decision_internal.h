@@ -1,0 +1,71 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// A step that the device closes by itself: its sums are made, added up over ranks and judged there,
+// and come to the host in pinned memory when the step is through.
+#pragma once
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "capstan/comm/communicator.h"
+#include "capstan/device/accelerator.h"
+#include "capstan/optim/device_step.h"
+#include "capstan/optim/optimizer.h"
+#include "capstan/plan/plan.h"
+#include "engine/step_control_internal.h"
+
+namespace capstan::engine {
+
+class DeviceDecision {
+ public:
+  // `shards` must outlive this.
+  DeviceDecision(const std::vector<parallel::Shard>& shards, const plan::Plan& plan,
+                 device::Accelerator& accelerator);
+  ~DeviceDecision();
+  DeviceDecision(const DeviceDecision&) = delete;
+  DeviceDecision& operator=(const DeviceDecision&) = delete;
+
+  // What this rank brings to the sums of a step.
+  struct Part {
+    Tensor loss;  // fp64, 0-d, on the device; undefined without the last stage
+    bool counts_loss = true;
+    int64_t target_tokens = 0;  // all ranks
+    double lr = 0;
+  };
+  // Queues sums and decision; the optimizer may read numbers() behind them. Collective over: world.
+  void decide(const Part& part, const comm::Communicator& world);
+  [[nodiscard]] const optim::StepNumbers& numbers() const { return step_.numbers(); }
+  // Queues the copy of the outcome, behind everything of the step.
+  void send_outcome();
+
+  // What the device found and did.
+  struct Outcome {
+    StepSums sums;
+    bool applied = false;
+    int64_t count = 0;
+    double gradient_scale = 0;
+  };
+  [[nodiscard]] size_t pending() const { return pending_.size(); }
+  // Of the oldest step on its way; waits until it is through, with later ones queued behind it.
+  [[nodiscard]] Outcome receive();
+  void restore(int64_t count) { step_.set_count(count); }
+
+ private:
+  struct Pending {
+    Tensor values;  // pinned
+    device::Event done;
+    int64_t target_tokens = 0;
+  };
+
+  device::Accelerator& accelerator_;
+  optim::DeviceStep step_;
+  Tensor values_;  // fp64: the sums, then what was decided
+  int64_t target_tokens_ = 0;
+  std::deque<Pending> pending_;
+  std::vector<device::Event> events_;  // at rest
+};
+
+// Empty, or why the host decides, which it has to wait for. The same on all ranks.
+[[nodiscard]] std::string reason_to_wait(const plan::Plan& plan, const optim::Optimizer& optimizer);
+
+}  // namespace capstan::engine
