@@ -89,18 +89,18 @@ testing::TinyHooks poison(std::set<int> steps, double factor, bool own_thread) {
   return hooks;
 }
 
-// Next token, but the weights of the third step's four micro-batches are not numbers.
+// Next token, but the loss of the third step's four micro-batches is no number; gradients are.
 class PoisonedLoss final : public Objective {
  public:
   double local_denominator(const std::vector<MicroBatch>& batches) const override {
     return base_->local_denominator(batches);
   }
-  Tensor weights(const MicroBatch& batch, double denominator) const override {
+  Tensor weights(const MicroBatch&, double) const override { return {}; }
+  Tensor loss(const nn::TokenScores& scores, const MicroBatch& batch,
+              double denominator) const override {
     const int64_t call = calls_++;
-    const Tensor weights_BT = base_->weights(batch, denominator);
-    return call >= 8 && call < 12 ? weights_BT.mul(kNan) : weights_BT;
+    return base_->loss(scores, batch, denominator).add(call >= 8 && call < 12 ? kNan : 0.0);
   }
-  Tensor loss(const nn::TokenScores&, const MicroBatch&, double) const override { return {}; }
 
  private:
   mutable int64_t calls_ = 0;
@@ -127,6 +127,10 @@ std::vector<Spoilt> spoilt_runs() {
       {"clean", {.steps = 5}, 5, gradients({}, 1)},
       {"unclipped",
        {.steps = 5, .overrides = {"optimizer.max_grad_norm=none"}},
+       5,
+       gradients({}, 1)},
+      {"below the limit",
+       {.steps = 5, .overrides = {"optimizer.max_grad_norm=1000"}},
        5,
        gradients({}, 1)},
       {"NaN gradient", {.steps = 5}, 4, gradients({2}, kNan)},
@@ -313,6 +317,19 @@ TEST_P(SkippedOnADevice, StepsAreThoseOfTheCpu) {
 }
 INSTANTIATE_TEST_SUITE_P(Forms, SkippedOnADevice, ::testing::Bool(),
                          [](const auto& one) { return one.param ? "ByOurKernels" : "ByAten"; });
+
+TEST_P(SkippedOnADevice, AStepWithoutTargetsIsSkipped) {
+  testing::with_engines(
+      {},
+      [](int rank, Engine& engine) {
+        auto batches = make_batches(engine.plan(), rank, 0);
+        for (auto& batch : batches) batch.targets_BT.fill_(-100);
+        const std::string before = engine.weights_hash();
+        EXPECT_EQ(engine.step(batches, *make_next_token_objective()).skipped, "no target tokens");
+        EXPECT_EQ(engine.weights_hash(), before);
+      },
+      on_own_thread());
+}
 
 // The limit is noticed one step late at most.
 TEST(Device, LimitOfSkippedSteps_EndsTheRun) {
