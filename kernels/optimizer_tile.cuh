@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// What AdamW and Lion share: a block takes one tile at a time; vectors where the tile starts on a
-// multiple of four elements. Update is a functor on one element.
+// What AdamW and Lion on moments of one number per element share: a block takes one tile at a time;
+// vectors where the tile starts on a multiple of four elements. Update is a functor on one element.
 #pragma once
 #include "capstan/kernels/optimizer.h"
 #include "dispatch.h"
@@ -38,7 +38,8 @@ __device__ __forceinline__ M store_moment(A x, uint32_t random) {
 
 template <class A, class G, class M, int N, class Update>
 __device__ __forceinline__ void update_vector(const OptimizerArgs& a, const Update& update,
-                                              uint64_t count, int64_t at, bool decay) {
+                                              uint64_t count, int64_t at, uint64_t index,
+                                              bool decay) {
   A* const weights = static_cast<A*>(a.weights) + at;
   M* const first = static_cast<M*>(a.first) + at;
   M* const second = Update::kHasSecond ? static_cast<M*>(a.second) + at : nullptr;
@@ -52,8 +53,7 @@ __device__ __forceinline__ void update_vector(const OptimizerArgs& a, const Upda
                  static_cast<A>(widen(v.at[j]))};
     update(e, decay);
     PhiloxBits random{};
-    if constexpr (sizeof(M) == 2)
-      random = philox(a.seed, count, a.first_index + static_cast<uint64_t>(at + j));
+    if constexpr (sizeof(M) == 2) random = philox(a.seed, count, index + static_cast<uint64_t>(j));
     w.at[j] = e.weight;
     m.at[j] = store_moment<M>(e.first, random.word[0]);
     if constexpr (Update::kHasSecond) v.at[j] = store_moment<M>(e.second, random.word[1]);
@@ -84,10 +84,13 @@ __global__ void __launch_bounds__(kTileThreads)
     const bool decay = (tile.flags & kDecay) != 0;
     const int vectors = is_aligned && tile.begin % kTileVector == 0 ? tile.count / kTileVector : 0;
     for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kTileThreads)
-      update_vector<A, G, M, kTileVector>(a, mine, count, tile.begin + i * kTileVector, decay);
+      update_vector<A, G, M, kTileVector>(a, mine, count, tile.begin + i * kTileVector,
+                                          tile.index + static_cast<uint64_t>(i) * kTileVector,
+                                          decay);
     for (int i = vectors * kTileVector + static_cast<int>(threadIdx.x); i < tile.count;
          i += kTileThreads)
-      update_vector<A, G, M, 1>(a, mine, count, tile.begin + i, decay);
+      update_vector<A, G, M, 1>(a, mine, count, tile.begin + i,
+                                tile.index + static_cast<uint64_t>(i), decay);
   }
 }
 

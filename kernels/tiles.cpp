@@ -14,7 +14,8 @@ std::vector<Tile> cut_tiles(std::span<const FlatRange> ranges) {
                   range.end);
     for (int64_t begin = range.begin; begin < range.end;) {
       const int64_t end = std::min(range.end, (begin / kTileElements + 1) * kTileElements);
-      tiles.push_back({begin, static_cast<int32_t>(end - begin), range.flags});
+      tiles.push_back({begin, static_cast<int32_t>(end - begin), range.flags,
+                       range.index + static_cast<uint64_t>(begin - range.begin)});
       begin = end;
     }
   }

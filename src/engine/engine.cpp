@@ -70,7 +70,7 @@ struct Engine::Impl {
       shard_stores.push_back(i);
     }
     if (!options.trains) return;
-    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards);
+    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards_of_optimizer());
     if (!device.is_cpu()) choose_who_decides();
   }
 
@@ -82,6 +82,14 @@ struct Engine::Impl {
       log::info("engine", "steps are decided on the device, their reports come one step late");
     else
       log::info("engine", "the host waits for the outcome of every step: {}", reason);
+  }
+
+  // Stochastic rounding asks for the index of each element.
+  [[nodiscard]] std::vector<parallel::Shard> shards_of_optimizer() const {
+    if (plan.resolved.optimizer.moments != "bf16") return shards;
+    std::vector<parallel::Shard> numbered;
+    for (const size_t s : shard_stores) numbered.push_back(model.stores[s]->numbered_shard());
+    return numbered;
   }
 
   // Loss, gradient squares and flags of all ranks in one small reduction.
@@ -130,7 +138,8 @@ struct Engine::Impl {
 
   void apply(const StepControl::Update& update) {
     const trace::Span span("optimizer", "update");
-    optimizer->step({update.lr, update.gradient_scale, update.count});
+    optimizer->step({update.lr, update.gradient_scale, update.count,
+                     static_cast<uint64_t>(plan.resolved.run.seed)});
     for (const size_t s : shard_stores) model.stores[s]->publish();
   }
 
@@ -152,7 +161,7 @@ struct Engine::Impl {
                        .target_tokens = target_tokens,
                        .lr = control.lr(static_cast<int64_t>(on_device->pending()))},
                       world);
-    optimizer->step_on_device(on_device->numbers());
+    optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
     for (const size_t s : shard_stores) model.stores[s]->publish();
     on_device->send_outcome();
   }

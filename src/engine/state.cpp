@@ -38,19 +38,24 @@ struct Lister {
   std::map<unsigned, Writers> writers;  // by the axes that hold the same state
   std::vector<mesh::StateEntry> entries;
 
-  void add(const FlatStore& store, const std::string& kind, const Tensor& flat) {
+  // A value of `flat` for every `block` elements of the shard, side by side along the last
+  // dimension.
+  void add(const FlatStore& store, const std::string& kind, const Tensor& flat, int64_t block = 1) {
     const auto axes = store.layout().replica_axes();
     auto& share = writers.try_emplace(axes.bits(), mesh.size(axes)).first->second;
     const int64_t begin = store.shard().begin;
     for (const auto& piece :
-         plan::pieces_of(store.layout(), store.table(), begin, begin + flat.numel())) {
+         plan::pieces_of(store.layout(), store.table(), begin, begin + flat.numel() * block)) {
       mesh::StateEntry entry;
       entry.model = model.name;
       entry.kind = kind;
       entry.name = store.spec(piece.param).name;
       entry.global_shape = store.spec(piece.param).shape;
       entry.box = piece.box;
-      entry.tensor = flat.narrow(0, piece.offset, piece.box.numel());
+      for (int64_t* const size :
+           {&entry.global_shape.back(), &entry.box.begin.back(), &entry.box.extent.back()})
+        *size /= block;
+      entry.tensor = flat.narrow(0, piece.offset / block, entry.box.numel());
       const int writer = share.next(static_cast<int64_t>(entry.tensor.nbytes()));
       entry.writes = store.local(piece.param).counted && writer == mesh.index(axes);
       entries.push_back(std::move(entry));
@@ -149,7 +154,7 @@ std::vector<mesh::StateEntry> list_state(const parallel::ParallelModel& model,
   if (!optimizer) return std::move(lister.entries);
   for (const auto& state : optimizer->states())
     lister.add(*model.stores.at(optimizer_stores.at(state.shard)), "optimizer." + state.kind,
-               state.values);
+               state.values, state.block);
   return std::move(lister.entries);
 }
 

@@ -19,56 +19,102 @@ DType dtype_of(const at::Tensor& x) {
                                          : DType::kBf16;
 }
 
+template <class T>
+T* data_of(const at::Tensor& x) {
+  return x.defined() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+
+// The kernels round to bf16 on the way; other copies are made behind them.
+void* copy_of(const FlatTensors& t) {
+  return t.copy.defined() && t.copy.scalar_type() == at::kBFloat16 ? t.copy.mutable_data_ptr()
+                                                                   : nullptr;
+}
+
+bool has_blocks(const FlatTensors& t) { return t.first.scalar_type() == at::kByte; }
+
+kernels::Stream current_stream() {
+  return static_cast<kernels::Stream>(device::accelerator()->current_stream().handle);
+}
+
 }  // namespace
 
-bool DeviceUpdate::fits(std::span<const AdamWJob> jobs) {
-  return ops::device_kernels() && std::all_of(jobs.begin(), jobs.end(), [](const AdamWJob& job) {
-           const AdamWTensors& t = *job.tensors;
-           return !t.weights.is_cpu() &&
-                  (!t.copy.defined() || t.copy.scalar_type() == at::kBFloat16);
+bool DeviceUpdate::fits(std::span<const FlatJob> jobs) {
+  return ops::device_kernels() && std::all_of(jobs.begin(), jobs.end(), [](const FlatJob& job) {
+           return !job.tensors->weights.is_cpu();
          });
 }
 
-DeviceUpdate::DeviceUpdate(std::span<const AdamWJob> jobs) {
-  for (const AdamWJob& job : jobs) {
+DeviceUpdate::DeviceUpdate(UpdateRule rule, std::span<const FlatJob> jobs) : rule_(rule) {
+  for (const FlatJob& job : jobs) {
     if (pieces_.empty() || pieces_.back().tensors != job.tensors)
       pieces_.push_back({.tensors = job.tensors, .ranges = {}, .tiles = {}});
-    pieces_.back().ranges.push_back({job.begin, job.end, job.decay ? kernels::kDecay : 0});
+    pieces_.back().ranges.push_back(
+        {job.begin, job.end, job.decay ? kernels::kDecay : 0, job.index});
   }
   for (Piece& piece : pieces_) {
     const std::vector<kernels::Tile> tiles = ops::device_kernels()->cut_tiles(piece.ranges);
     piece.count = static_cast<int64_t>(tiles.size());
     piece.tiles = to_device(tiles.data(), tiles.size() * sizeof(kernels::Tile));
+    if (has_blocks(*piece.tensors) && !codes_.defined())
+      codes_ = to_device(&kernels::kMomentCodes, sizeof(kernels::MomentCodes));
   }
 }
 
-void DeviceUpdate::step(const AdamWStep& step) const {
-  const kernels::StepState state{
+void DeviceUpdate::step(const FlatStep& step) const {
+  const kernels::StepState numbers{
       .lr = step.lr, .gradient_scale = step.gradient_scale, .count = step.count};
-  const at::Tensor on_device = to_device(&state, sizeof state);
-  step_by(step, on_device);
+  step_by(step, to_device(&numbers, sizeof numbers));
 }
 
-void DeviceUpdate::step_by(const AdamWStep& step, const at::Tensor& on_device) const {
-  const auto stream = static_cast<kernels::Stream>(device::accelerator()->current_stream().handle);
+void DeviceUpdate::step_by(const FlatStep& step, const at::Tensor& state) const {
   for (const Piece& piece : pieces_) {
-    const AdamWTensors& t = *piece.tensors;
-    ops::device_kernels()->adamw(
-        {.types = {dtype_of(t.weights), dtype_of(t.gradient), dtype_of(t.first)},
-         .beta1 = step.beta1,
-         .beta2 = step.beta2,
-         .eps = step.eps,
-         .weight_decay = step.weight_decay,
-         .state = static_cast<const kernels::StepState*>(on_device.const_data_ptr()),
-         .tiles = static_cast<const kernels::Tile*>(piece.tiles.const_data_ptr()),
-         .tile_count = piece.count,
-         .weights = t.weights.mutable_data_ptr(),
-         .gradient = t.gradient.const_data_ptr(),
-         .first = t.first.mutable_data_ptr(),
-         .second = t.second.mutable_data_ptr(),
-         .copy = t.copy.defined() ? t.copy.mutable_data_ptr() : nullptr},
-        stream);
+    const FlatTensors& t = *piece.tensors;
+    has_blocks(t) ? update_blocks(piece, step, state) : update(piece, step, state);
+    if (t.copy.defined() && !copy_of(t)) t.copy.copy_(t.weights);
   }
+}
+
+void DeviceUpdate::update(const Piece& piece, const FlatStep& step, const at::Tensor& state) const {
+  const FlatTensors& t = *piece.tensors;
+  const auto* const api = ops::device_kernels();
+  const auto launch = rule_ == UpdateRule::kAdamW ? api->adamw : api->lion;
+  launch({.types = {dtype_of(t.weights), dtype_of(t.gradient), dtype_of(t.first)},
+          .beta1 = step.beta1,
+          .beta2 = step.beta2,
+          .eps = step.eps,
+          .weight_decay = step.weight_decay,
+          .seed = step.seed,
+          .state = data_of<const kernels::StepState>(state),
+          .tiles = data_of<const kernels::Tile>(piece.tiles),
+          .tile_count = piece.count,
+          .weights = t.weights.mutable_data_ptr(),
+          .gradient = t.gradient.const_data_ptr(),
+          .first = t.first.mutable_data_ptr(),
+          .second = data_of<void>(t.second),
+          .copy = copy_of(t)},
+         current_stream());
+}
+
+void DeviceUpdate::update_blocks(const Piece& piece, const FlatStep& step,
+                                 const at::Tensor& state) const {
+  const FlatTensors& t = *piece.tensors;
+  ops::device_kernels()->adamw_blockwise({.gradient = dtype_of(t.gradient),
+                                          .beta1 = step.beta1,
+                                          .beta2 = step.beta2,
+                                          .eps = step.eps,
+                                          .weight_decay = step.weight_decay,
+                                          .state = data_of<const kernels::StepState>(state),
+                                          .tiles = data_of<const kernels::Tile>(piece.tiles),
+                                          .tile_count = piece.count,
+                                          .codes = data_of<const kernels::MomentCodes>(codes_),
+                                          .weights = t.weights.mutable_data_ptr(),
+                                          .gradient_values = t.gradient.const_data_ptr(),
+                                          .first = data_of<uint8_t>(t.first),
+                                          .second = data_of<uint8_t>(t.second),
+                                          .first_scale = data_of<float>(t.first_scale),
+                                          .second_scale = data_of<float>(t.second_scale),
+                                          .copy = copy_of(t)},
+                                         current_stream());
 }
 
 }  // namespace capstan::optim

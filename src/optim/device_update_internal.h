@@ -1,33 +1,39 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// AdamW by our kernel on the accelerator: shards are cut into tiles once, the numbers of a step go
-// to the device without the host waiting for it.
+// AdamW and Lion by our kernels on the accelerator: shards are cut into tiles once, the numbers of
+// a step go to the device without the host waiting for it.
 #pragma once
 #include <span>
 #include <vector>
 
 #include "capstan/kernels/optimizer.h"
-#include "capstan/optim/adamw.h"
+#include "capstan/optim/flat_update.h"
 
 namespace capstan::optim {
 
 class DeviceUpdate {
  public:
-  // The kernel knows these tensors: all on the accelerator, copies in bf16.
-  [[nodiscard]] static bool fits(std::span<const AdamWJob> jobs);
-  explicit DeviceUpdate(std::span<const AdamWJob> jobs);
-  void step(const AdamWStep& step) const;
-  // By a kernels::StepState that is in device memory already; of `step` betas, eps and decay count.
-  void step_by(const AdamWStep& step, const at::Tensor& on_device) const;
+  // Our kernels are there and all tensors on the accelerator.
+  [[nodiscard]] static bool fits(std::span<const FlatJob> jobs);
+  DeviceUpdate(UpdateRule rule, std::span<const FlatJob> jobs);
+  void step(const FlatStep& step) const;
+  // By a kernels::StepState that is in device memory already; lr, scale and count of `step` are not
+  // read.
+  void step_by(const FlatStep& step, const at::Tensor& state) const;
 
  private:
   struct Piece {
-    const AdamWTensors* tensors;
+    const FlatTensors* tensors;
     std::vector<kernels::FlatRange> ranges;
     at::Tensor tiles;  // kernels::Tile, as bytes
     int64_t count = 0;
   };
+  void update(const Piece& piece, const FlatStep& step, const at::Tensor& state) const;
+  void update_blocks(const Piece& piece, const FlatStep& step, const at::Tensor& state) const;
+
+  UpdateRule rule_;
   std::vector<Piece> pieces_;
+  at::Tensor codes_;  // kernels::MomentCodes, as bytes; 8-bit moments only
 };
 
 }  // namespace capstan::optim

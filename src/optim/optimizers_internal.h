@@ -8,5 +8,7 @@ namespace capstan::optim {
 
 [[nodiscard]] std::unique_ptr<Optimizer> make_adamw(const recipe::Optimizer& recipe,
                                                     const std::vector<parallel::Shard>& shards);
+[[nodiscard]] std::unique_ptr<Optimizer> make_lion(const recipe::Optimizer& recipe,
+                                                   const std::vector<parallel::Shard>& shards);
 
 }  // namespace capstan::optim

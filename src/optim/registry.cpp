@@ -16,7 +16,7 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::string, OptimizerBuilder> builders{{"adamw", make_adamw}};
+  std::map<std::string, OptimizerBuilder> builders{{"adamw", make_adamw}, {"lion", make_lion}};
 };
 
 Registry& registry() {
@@ -26,7 +26,7 @@ Registry& registry() {
 
 }  // namespace
 
-void Optimizer::step_on_device(const StepNumbers&) {
+void Optimizer::step_on_device(const StepNumbers&, uint64_t) {
   CAPSTAN_CHECK(false, "an optimizer that does not read numbers on the device was handed some");
 }
 

@@ -45,10 +45,12 @@ at::ScalarType scalar_type_of(DType dtype) {
       return at::kBFloat16;
     case DType::kFp16:
       return at::kHalf;
+    case DType::kUint8:
+      return at::kByte;
     default:
       break;
   }
-  CAPSTAN_CHECK(false, "{} is no type for weights", name_of(dtype));
+  CAPSTAN_CHECK(false, "{} is no type for weights and moments", name_of(dtype));
   return at::kFloat;
 }
 
@@ -242,6 +244,26 @@ Shard FlatStore::shard() const {
           .ranges = ranges_of(layout_, table_, shard_begin_, shard_begin_ + shard_numel_,
                               options_.counts_in_norm),
           .update = layout_.update};
+}
+
+Shard FlatStore::numbered_shard() const {
+  std::vector<int64_t> first{0};  // index in the model of each parameter's first element
+  for (const auto& spec : table_) first.push_back(first.back() + plan::numel(spec.shape));
+  Shard numbered = shard();
+  numbered.ranges.clear();
+  for (const auto& param : layout_.params) {
+    const auto& spec = table_[static_cast<size_t>(param.spec)];
+    const int64_t place = param.flat_begin - shard_begin_;  // of the parameter in the shard
+    const int64_t begin = std::max<int64_t>(0, -place);
+    const int64_t end = std::min(param.numel(), shard_numel_ - place);
+    if (begin >= end) continue;
+    plan::for_each_run(param, spec.shape, begin, end, [&](int64_t global, int64_t at, int64_t n) {
+      numbered.ranges.push_back(
+          {place + at, place + at + n, spec.decay, options_.counts_in_norm && param.counted,
+           static_cast<uint64_t>(first[static_cast<size_t>(param.spec)] + global)});
+    });
+  }
+  return numbered;
 }
 
 void FlatStore::publish() {

@@ -9,6 +9,7 @@
 #include "capstan/base/text.h"
 #include "capstan/plan/experts.h"
 #include "capstan/plan/frozen.h"
+#include "capstan/plan/optimizer_states.h"
 #include "capstan/plan/plan.h"
 #include "plan/describe_internal.h"
 
@@ -116,6 +117,26 @@ std::string describe_flops(const Plan& plan) {
   return text;
 }
 
+// "exp_avg fp32, exp_avg_sq fp32"; with 8-bit states those of both kinds of parameters.
+std::string describe_states(const Plan& plan) {
+  const auto list = [&](UpdateKind update) {
+    std::string text;
+    for (const StateSpec& state :
+         optimizer_states(plan.resolved.optimizer, plan.precision.master, update))
+      if (state.block == 1)
+        text += fmt::format("{}{} {}", text.empty() ? "" : ", ", state.kind, name_of(state.dtype));
+    return text;
+  };
+  int64_t in_blocks = 0;
+  for (const ParamSpec& spec : plan.model().table())
+    if (spec.update == UpdateKind::kRowBlock) in_blocks += numel(spec.shape);
+  if (in_blocks == 0) return list(UpdateKind::kElementwise);
+  return fmt::format(
+      "{} of {:.1f} % of the parameters, {} of the others", list(UpdateKind::kRowBlock),
+      100.0 * static_cast<double>(in_blocks) / static_cast<double>(plan.model().parameters),
+      list(UpdateKind::kElementwise));
+}
+
 std::string describe_memory(const Plan& plan) {
   const MemoryReport& m = plan.memory;
   std::string text =
@@ -127,7 +148,7 @@ std::string describe_memory(const Plan& plan) {
   add("master", m.master,
       m.master == 0 ? "the parameters are the master" : "weights of the optimizer");
   add("gradients", m.gradients, "");
-  add("optimizer", m.optimizer, "two moments");
+  add("optimizer", m.optimizer, describe_states(plan).c_str());
   add("activations", m.activations, "kept from forward to backward");
   add("workspace", m.workspace, "largest transient need, exchanges included");
   add("communication", m.communication, "staging of gradient sums between processes");

@@ -216,8 +216,9 @@ FlatBuffer Layout::empty_buffer(const ParamSpec& spec) const {
     buffer.shard_axes =
         is_expert(spec) ? AxisSet(Axis::kEdpShard) : AxisSet(Axis::kDpShard) | Axis::kCp;
   buffer.shards = options_.grid.size_of(buffer.shard_axes);
-  CAPSTAN_CHECK(buffer.shards == 1 || spec.update == UpdateKind::kElementwise,
-                "{}: only elementwise buffers are cut into shards by this layout", spec.name);
+  // Shards of whole alignment units do not cut blocks of rows, which are as long.
+  CAPSTAN_CHECK(buffer.shards == 1 || spec.update != UpdateKind::kMatrix,
+                "{}: this layout does not cut whole matrices into shards", spec.name);
   return buffer;
 }
 

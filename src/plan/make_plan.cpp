@@ -9,6 +9,7 @@
 #include "capstan/base/text.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/keep_wide.h"
+#include "capstan/plan/optimizer_states.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -39,9 +40,10 @@ ModelPlan make_model_plan(const ModelShape& shape, const Plan& plan) {
   const recipe::Parallel& parallel = plan.resolved.parallel;
   ModelPlan model;
   model.shape = shape;
-  std::vector<ParamSpec> table =
+  std::vector<ParamSpec> table = mark_row_blocks(
       keep_wide(freeze(find_family(shape.family).param_table(shape), plan.resolved.model.frozen),
-                plan.resolved.precision.keep_fp32);
+                plan.resolved.precision.keep_fp32),
+      plan.resolved.optimizer);
   model.parameters = count_parameters(table);
   LayoutOptions options;
   options.grid = plan.grid;
@@ -160,6 +162,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   if (draft.problems.empty()) check_parts(draft, shape);
   if (draft.problems.empty()) check_frozen(draft, shape);
   if (draft.problems.empty()) check_wide(draft, shape);
+  if (draft.problems.empty()) check_row_blocks(draft, shape);
   plan.precision = resolve_precision(draft);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);

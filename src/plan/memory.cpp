@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "capstan/base/bytes.h"
-#include "capstan/plan/frozen.h"
+#include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
 #include "plan/resolve_internal.h"
 
@@ -65,6 +65,14 @@ int64_t data_bytes(const Plan& plan) {
          2 * stored_bytes(batch.sequence_length * (plan.model().shape.head_dim / 2), angles);
 }
 
+// Of master weights and states of the optimizer.
+int64_t saved_bytes(const Plan& plan, int64_t elements, bool trainable, UpdateKind update) {
+  const DType master = plan.precision.master;
+  const int64_t weights = elements * static_cast<int64_t>(size_of(master));
+  if (!trainable) return weights;
+  return weights + state_bytes(optimizer_states(plan.resolved.optimizer, master, update), elements);
+}
+
 // Ranks of one pipeline rank differ by less than their padding.
 int representative(const Plan& plan, int pipeline_rank) {
   return plan.grid.rank_of({.pp = pipeline_rank});
@@ -99,22 +107,23 @@ MemoryReport report_memory(const Plan& plan, int rank) {
   memory.communication = peak.communication;
   memory.data = data_bytes(plan);
   if (plan.resolved.checkpoint.asynchronous) {
-    // Copies are shared out: each data-parallel rank saves its part of the weights and both
-    // moments.
-    const int64_t copies = plan.grid.size_of(kDenseAxes);
-    memory.checkpoint_snapshot = (layout.numel() + 2 * layout.numel(true)) / copies *
-                                 static_cast<int64_t>(size_of(plan.precision.master));
+    // Copies are shared out: each data-parallel rank saves its part of the weights and moments.
+    int64_t bytes = 0;
+    for (const FlatBuffer& buffer : layout.buffers)
+      bytes += saved_bytes(plan, buffer.numel, buffer.trainable, buffer.update);
+    memory.checkpoint_snapshot = bytes / plan.grid.size_of(kDenseAxes);
   }
   return memory;
 }
 
 int64_t predict_checkpoint_bytes(const Plan& plan) {
-  // Weights and two moments of those that are trained, and room for headers, manifest, recipe and
+  // Weights, moments of those that are trained, and room for headers, manifest, recipe and
   // tokenizer.
   constexpr int64_t kSlack = 4 * kMiB, kSlackPerRank = 64 * kKiB;
-  const int64_t elements = plan.model().parameters + 2 * count_trainable(plan.model().table());
-  return elements * static_cast<int64_t>(size_of(plan.precision.master)) + kSlack +
-         kSlackPerRank * plan.grid.size();
+  int64_t bytes = kSlack + kSlackPerRank * plan.grid.size();
+  for (const ParamSpec& spec : plan.model().table())
+    bytes += saved_bytes(plan, numel(spec.shape), spec.trainable, spec.update);
+  return bytes;
 }
 
 // Ranks of a host are consecutive; where it holds all of them each counts for itself, else as the

@@ -1,5 +1,6 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
+#include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
 
 namespace capstan::plan {
@@ -34,7 +35,9 @@ void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layou
       memory.gradients += stored_bytes(stage == 1 ? buffer.numel : shard, precision.gradients);
     if (offloads)
       memory.gradients += stored_bytes(shard, precision.gradients);  // for the optimizer
-    memory.optimizer += 2 * stored_bytes(shard, precision.master);
+    for (const StateSpec& state :
+         optimizer_states(plan.resolved.optimizer, precision.master, buffer.update))
+      memory.optimizer += stored_bytes(shard / state.block, state.dtype);
   }
 }
 

@@ -128,6 +128,9 @@ void check_switches(RuleContext& c) {
     check_unused(c, "optimizer.spike_skip.window", r.optimizer.spike_skip.sigma.has_value(),
                  "optimizer.spike_skip.sigma is none, so no step is skipped");
   }
+  if (c.has({"optimizer.name"})) {
+    check_unused(c, "optimizer.eps", r.optimizer.name != "lion", "lion takes no root");
+  }
   if (c.has({"metrics.trace.first_step"})) {
     check_unused(c, "metrics.trace.steps", r.metrics.trace.first_step.has_value(),
                  "metrics.trace.first_step is none, so nothing is traced");
@@ -198,7 +201,8 @@ std::vector<Rule> run_rules() {
       {"`parallel.recompute.parts` is for mode selective, which needs at least one.",
        check_recompute},
       {"Keys that do nothing keep their default: `optimizer.spike_skip.window` without sigma, "
-       "`metrics.trace.steps` without first_step, `lr_schedule.min_ratio` with constant, `eval.*` "
+       "`optimizer.eps` with lion, `metrics.trace.steps` without first_step, "
+       "`lr_schedule.min_ratio` with constant, `eval.*` "
        "without "
        "`data.validation`.",
        check_switches},

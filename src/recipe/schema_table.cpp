@@ -176,10 +176,20 @@ void add_data_keys(std::vector<Key>& t) {
 }
 
 void add_optimizer_keys(std::vector<Key>& t) {
-  t.push_back(KEY(optimizer.name, "Update rule.").choice());
+  t.push_back(
+      KEY(optimizer.name,
+          "Update rule. lion has one moment and wants a learning rate 3 to 10 times smaller "
+          "than adamw's, with weight_decay as many times larger.")
+          .choice());
+  t.push_back(KEY(optimizer.moments,
+                  "Type of the moments; auto = that of the master weights. bf16: rounded "
+                  "stochastically. int8: adamw only, 8 bits in blocks of 256 elements; parameters "
+                  "under 4096 elements, with rows of no whole blocks, and the embedding keep auto.")
+                  .choice());
   t.push_back(KEY(optimizer.lr, "Peak learning rate.").required().above(0));
   t.push_back(KEY(optimizer.betas, "Decay rates of the two moments.").count(2).half_open(0, 1));
-  t.push_back(KEY(optimizer.eps, "Added to the root of the second moment.").above(0));
+  t.push_back(
+      KEY(optimizer.eps, "Added to the root of the second moment; not read by lion.").above(0));
   t.push_back(KEY(optimizer.weight_decay, "Decoupled decay; not on norms and biases.").at_least(0));
   t.push_back(KEY(optimizer.max_grad_norm,
                   "Gradients with a larger global norm are scaled down to it; "

@@ -295,12 +295,15 @@ class Reducer {
                     .keep_fp32 = std::move(r_.precision.keep_fp32),
                     .loss_scale = {}};
     note("precision.compute", whole_.resolved.precision.compute, "fp64", "a proof, not a sample");
+    note("optimizer.moments", r_.optimizer.moments, "auto", "rounding is no part of a layout");
+    r_.optimizer.moments = "auto";
     const double range =
         std::min(0.15, 0.85 / std::sqrt(static_cast<double>(r_.model.hidden_size)));
     set("model.initializer_range", r_.model.initializer_range, range, "a narrow model");
     set("optimizer.lr", r_.optimizer.lr, 1e-2, "weights move within a few steps");
     // A gradient near zero is rounding, which a smaller eps would blow up to a whole update.
-    if (r_.optimizer.eps < 1e-6) set("optimizer.eps", r_.optimizer.eps, 1e-6, "above rounding");
+    if (r_.optimizer.name != "lion" && r_.optimizer.eps < 1e-6)
+      set("optimizer.eps", r_.optimizer.eps, 1e-6, "above rounding");
     if (r_.optimizer.spike_skip.sigma) {
       note("optimizer.spike_skip.sigma", spell(r_.optimizer.spike_skip.sigma), "none",
            "its window is longer than the run");

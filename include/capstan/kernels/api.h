@@ -37,6 +37,7 @@ struct Api {
   Launcher<FinishStatsArgs> finish_stats;
   Launcher<LogitGradientArgs> logit_gradient;
   Launcher<OptimizerArgs> adamw, lion;
+  Launcher<BlockwiseArgs> adamw_blockwise;
   Launcher<SquaredNormArgs> squared_norm;
   Launcher<DecideStepArgs> decide_step;
   Launcher<FillNormalArgs> fill_normal;

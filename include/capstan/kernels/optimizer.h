@@ -1,11 +1,13 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // AdamW and Lion on flat buffers, the gradient norm, and the state of a step that lives on the
-// device so that the host never waits for it. Matches src/optim/adamw.cpp, src/optim/grad_norm.cpp.
+// device so that the host never waits for it. Matches src/optim/flat_update.cpp,
+// src/optim/grad_norm.cpp.
 #pragma once
 #include <span>
 #include <vector>
 
+#include "capstan/kernels/dynamic_code.h"
 #include "capstan/kernels/stream.h"
 
 namespace capstan::kernels {
@@ -24,12 +26,14 @@ struct StepState {
 struct Tile {
   int64_t begin = 0;
   int32_t count = 0;
-  int32_t flags = 0;  // kDecay, kCounted
+  int32_t flags = 0;   // kDecay, kCounted
+  uint64_t index = 0;  // of its first element in the model, for random bits
 };
 inline constexpr int32_t kDecay = 1, kCounted = 2;
 struct FlatRange {
   int64_t begin = 0, end = 0;
   int32_t flags = 0;
+  uint64_t index = 0;
 };
 inline constexpr int64_t kTileElements = 4096;
 // Cuts ranges at multiples of kTileElements. On the host.
@@ -39,8 +43,9 @@ inline constexpr int64_t kTileElements = 4096;
 //   AdamW: w <- w (1 - lr decay); m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2;
 //          w <- w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 //   Lion:  w <- w (1 - lr decay) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g
-// bf16 moments are rounded stochastically by bits that depend on (seed, count, first_index + i).
-// Bytes per element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10.
+// bf16 moments are rounded stochastically by Philox bits of (seed, count, the element's index in
+// the model = index of its tile + place in it): words 0 and 1 of a draw for m and v. Bytes per
+// element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10.
 struct OptimizerTypes {
   DType weights = DType::kFp32;   // or fp64
   DType gradient = DType::kFp32;  // that of the weights, or bf16 beside fp32
@@ -49,7 +54,7 @@ struct OptimizerTypes {
 struct OptimizerArgs {
   OptimizerTypes types;
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
-  uint64_t seed = 0, first_index = 0;  // index of element 0 in the whole tensor
+  uint64_t seed = 0;
   const StepState* state = nullptr;
   const Tile* tiles = nullptr;
   int64_t tile_count = 0;
@@ -61,6 +66,25 @@ struct OptimizerArgs {
 };
 void adamw(const OptimizerArgs& args, Stream stream);
 void lion(const OptimizerArgs& args, Stream stream);
+
+// AdamW on fp32 weights with 8-bit moments: a block of 256 elements has one scale per moment
+// (dynamic_code.h). The moments of this update go into the weights before they are rounded. Tiles
+// begin and end with blocks. Bytes per element: 10 read, 8 written with a bf16 copy, scales 1/16.
+struct BlockwiseArgs {
+  DType gradient = DType::kFp32;  // or bf16
+  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  const StepState* state = nullptr;
+  const Tile* tiles = nullptr;
+  int64_t tile_count = 0;
+  const MomentCodes* codes = nullptr;  // kMomentCodes
+  void* weights = nullptr;
+  const void* gradient_values = nullptr;
+  uint8_t *first = nullptr, *second = nullptr;
+  float *first_scale = nullptr, *second_scale = nullptr;  // one per 256 elements
+  void* copy = nullptr;                                   // bf16, or null
+};
+inline constexpr int64_t kMomentBlock = 256;
+void adamw_blockwise(const BlockwiseArgs& args, Stream stream);
 
 // sum = sum of squares of the tiles flagged kCounted, in fp64 and in a fixed order; non_finite is 1
 // if any tile holds an infinity or NaN, else 0. Several buffers: `add` from the second one on.

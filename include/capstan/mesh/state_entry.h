@@ -14,6 +14,7 @@ namespace capstan::mesh {
 struct StateEntry {
   std::string model;  // "policy"
   std::string kind;   // "model" (master weights), "optimizer.exp_avg", "optimizer.exp_avg_sq", ...
+                      // Scales of 8-bit states have a value per 256 elements of the last dimension.
   std::string name;   // canonical parameter name
   plan::Shape global_shape;
   plan::Box box;  // where the elements of `tensor` lie in the global tensor

@@ -21,15 +21,18 @@ struct UpdateStep {
   double gradient_scale =
       1;              // clip factor / loss scale: the true gradient is this times the buffer
   int64_t count = 1;  // number of this update, from 1; skipped steps do not count
+  uint64_t seed = 0;  // of stochastic rounding
 };
 
 struct StepNumbers;  // device_step.h
 
-// One state tensor of one shard, as long as the shard and laid out like it; padding is zero.
+// One state tensor of one shard, laid out like it: a value for every `block` elements. Padding is
+// zero.
 struct OptimizerState {
   std::string kind;  // "exp_avg"
   size_t shard = 0;  // index into the shards the optimizer was made with
   at::Tensor values;
+  int64_t block = 1;
 };
 
 class Optimizer {
@@ -39,13 +42,14 @@ class Optimizer {
   virtual void step(const UpdateStep& step) = 0;
   // The same by numbers that are in device memory, where a step may also be skipped: nothing waits
   // for them. Only where reads_device_numbers() is true.
-  virtual void step_on_device(const StepNumbers& numbers);
+  virtual void step_on_device(const StepNumbers& numbers, uint64_t seed);
   [[nodiscard]] virtual bool reads_device_numbers() const { return false; }
   // Views of live storage, for checkpoints. Equal order for equal shards.
   [[nodiscard]] virtual std::vector<OptimizerState> states() = 0;
 };
 
-// Frozen shards (without gradient) are not among `shards`.
+// Frozen shards (without gradient) are not among `shards`. With optimizer.moments bf16 they are
+// numbered (FlatStore::numbered_shard).
 using OptimizerBuilder = std::function<std::unique_ptr<Optimizer>(
     const recipe::Optimizer&, const std::vector<parallel::Shard>& shards)>;
 

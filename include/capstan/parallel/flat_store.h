@@ -28,7 +28,7 @@
 
 namespace capstan::parallel {
 
-[[nodiscard]] at::ScalarType scalar_type_of(DType dtype);  // of the float types
+[[nodiscard]] at::ScalarType scalar_type_of(DType dtype);  // of the float types, bytes
 
 struct StorageTypes {
   at::ScalarType compute = at::kFloat, master = at::kFloat, gradients = at::kFloat;
@@ -91,6 +91,8 @@ class FlatStore final : public param::ParamStore {
   [[nodiscard]] bool is_finished() const { return finished_; }
 
   [[nodiscard]] Shard shard() const;
+  // The same with ranges cut so that the index of each element in the model is known.
+  [[nodiscard]] Shard numbered_shard() const;
   [[nodiscard]] Tensor gradient_shard() const;  // summed so far
   // After the master shard changed by the optimizer, which wrote the copy too: everybody sees it.
   // Collective over: the shard axes (stages 1 and 2).

@@ -19,6 +19,9 @@ struct ShardRange {
   int64_t begin = 0, end = 0;
   bool decay = true;
   bool counted = true;  // this rank counts them in norms; of all their holders exactly one does
+  // Of the first element in the model: elements of earlier parameters of the table, plus its place
+  // in its global tensor. Set by FlatStore::numbered_shard, whose ranges run on in this order too.
+  uint64_t index = 0;
 };
 
 // Views of live storage, all 1-d and of equal length.

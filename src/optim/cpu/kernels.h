@@ -2,33 +2,65 @@
 // SPDX-License-Identifier: Apache-2.0
 // Serial loops on ranges, compiled once per instruction set. Multiplications and additions are
 // never contracted (-ffp-contract=off) and sums run in fixed lanes, so all variants give the same
-// bits. Memory per element of adamw_f32: reads 16 bytes, writes 12 (+ 2 with a copy).
+// bits. Memory per element of AdamW on fp32: reads 16 bytes, writes 12 (+ 2 with a copy); with bf16
+// moments 12 and 8, with 8-bit ones 10 and 6. Lion has one moment less.
 #pragma once
 #include <cstdint>
+
+#include "capstan/kernels/dynamic_code.h"
 
 namespace capstan::optim::cpu {
 
 template <class T>
-struct AdamWFactors {
+struct Factors {
   T gradient_scale, decay;  // decay = 1 - lr * weight_decay, or 1
-  T beta1, one_minus_beta1, beta2, one_minus_beta2;
-  T step_size;     // lr / (1 - beta1^t)
-  T inverse_root;  // 1 / sqrt(1 - beta2^t)
+  T beta1, rest1, beta2, rest2;
+  T step_size;     // AdamW: lr / (1 - beta1^t); Lion: lr
+  T inverse_root;  // 1 / sqrt(1 - beta2^t); these two AdamW only
   T eps;
+  uint64_t seed, step;  // bf16 moments
 };
 
-template <class T, class Gradient>
-struct AdamWRange {
+// Lion has no second moment.
+template <class T, class Gradient, class Moment = T>
+struct Range {
   T* weights;
   const Gradient* gradient;
-  T *first, *second;
+  Moment *first, *second;
   int64_t count;
+  uint64_t index;  // of the first element, bf16 moments
+};
+
+// count: whole blocks; a scale for each.
+template <class Gradient>
+struct BlockRange {
+  float* weights;
+  const Gradient* gradient;
+  uint8_t *first, *second;
+  float *first_scale, *second_scale;
+  int64_t count;
+};
+inline constexpr int64_t kBlock = 256;
+
+template <class T, class Gradient, class Moment = T>
+using Update = void (*)(const Range<T, Gradient, Moment>&, const Factors<T>&);
+template <class Gradient>
+using BlockUpdate = void (*)(const BlockRange<Gradient>&, const Factors<float>&,
+                             const kernels::MomentCodes&);
+
+// Types of weights, gradients and moments; bf16 as its bits.
+struct UpdateKernels {
+  Update<double, double> f64;
+  Update<float, float> f32;
+  Update<float, uint16_t> bf16_gradient;
+  Update<float, float, uint16_t> bf16_moments;
+  Update<float, uint16_t, uint16_t> bf16_gradient_and_moments;
 };
 
 struct Kernels {
-  void (*adamw_f64)(const AdamWRange<double, double>&, const AdamWFactors<double>&);
-  void (*adamw_f32)(const AdamWRange<float, float>&, const AdamWFactors<float>&);
-  void (*adamw_f32_bf16_gradient)(const AdamWRange<float, uint16_t>&, const AdamWFactors<float>&);
+  UpdateKernels adamw, lion;
+  BlockUpdate<float> adamw_blocks;
+  BlockUpdate<uint16_t> adamw_blocks_bf16_gradient;
   void (*to_bf16)(const float* from, uint16_t* to, int64_t count);
   double (*squares_f64)(const double* values, int64_t count);
   double (*squares_f32)(const float* values, int64_t count);

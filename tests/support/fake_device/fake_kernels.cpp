@@ -30,6 +30,7 @@ void launch(const Args& args, Stream stream) {
 using NF = NormForwardArgs;
 using NB = NormBackwardArgs;
 using OA = OptimizerArgs;
+using BA = BlockwiseArgs;
 using SN = SquaredNormArgs;
 
 template <auto kLaunch>
@@ -72,6 +73,9 @@ Api make_api() {
                               &LogitGradientArgs::lse, &LogitGradientArgs::weights>;
   api.adamw = kOptimizer<adamw>;
   api.lion = kOptimizer<lion>;
+  api.adamw_blockwise = launch<BA, adamw_blockwise, &BA::state, &BA::tiles, &BA::codes,
+                               &BA::weights, &BA::gradient_values, &BA::first, &BA::second,
+                               &BA::first_scale, &BA::second_scale, &BA::copy>;
   api.squared_norm =
       launch<SN, squared_norm, &SN::values, &SN::tiles, &SN::partial, &SN::sum, &SN::non_finite>;
   api.decide_step = launch<DecideStepArgs, decide_step, &DecideStepArgs::sum,

@@ -50,6 +50,58 @@ TEST(Optimizer, States_NameTheMomentsOfEachShard) {
   EXPECT_EQ(states[3].shard, 1U);
 }
 
+TEST(Optimizer, States_AreThoseOfThePlan) {
+  parallel::Shard in_blocks = make_shard();
+  in_blocks.update = plan::UpdateKind::kRowBlock;
+  const auto kinds = [](const recipe::Optimizer& recipe, const parallel::Shard& shard) {
+    std::string text;
+    for (const auto& state : make_optimizer(recipe, {shard})->states()) {
+      EXPECT_EQ(state.values.numel() * state.block, shard.master.numel());
+      text += state.kind + " " + c10::toString(state.values.scalar_type()) + ", ";
+    }
+    return text;
+  };
+  auto recipe = recipe_of();
+  recipe.name = "lion";
+  EXPECT_EQ(kinds(recipe, make_shard()), "exp_avg Float, ");
+  recipe.moments = "bf16";
+  EXPECT_EQ(kinds(recipe, make_shard()), "exp_avg BFloat16, ");
+  recipe.name = "adamw";
+  EXPECT_EQ(kinds(recipe, make_shard()), "exp_avg BFloat16, exp_avg_sq BFloat16, ");
+  recipe.moments = "int8";
+  EXPECT_EQ(kinds(recipe, make_shard()), "exp_avg Float, exp_avg_sq Float, ");
+  EXPECT_EQ(kinds(recipe, in_blocks),
+            "exp_avg Byte, exp_avg_scale Float, exp_avg_sq Byte, exp_avg_sq_scale Float, ");
+}
+
+// What lies between the ranges is neither updated nor rounded.
+TEST(Optimizer, EveryForm_LeavesPaddingZero) {
+  for (const auto& [name, moments] :
+       {std::pair{"lion", "auto"}, {"lion", "bf16"}, {"adamw", "bf16"}, {"adamw", "int8"}}) {
+    auto recipe = recipe_of();
+    recipe.name = name;
+    recipe.moments = moments;
+    parallel::Shard shard = make_shard();
+    const bool blocks = recipe.moments == "int8";
+    const int64_t end = blocks ? 256 : 300;
+    if (blocks) shard.update = plan::UpdateKind::kRowBlock;
+    shard.ranges = {{0, end, true, true}};
+    shard.master.narrow(0, end, 512 - end).zero_();
+    shard.gradient.narrow(0, end, 512 - end).zero_();
+    auto optimizer = make_optimizer(recipe, {shard});
+    for (int t = 1; t <= 3; ++t) optimizer->step({.lr = 0.1, .gradient_scale = 1, .count = t});
+    EXPECT_NE(shard.master[50].item<double>(), 1);
+    EXPECT_EQ(shard.master.narrow(0, end, 512 - end).ne(0).sum().item<int64_t>(), 0);
+    for (const auto& state : optimizer->states()) {
+      EXPECT_NE(state.values[0].item<double>(), 0) << name << " " << moments << state.kind;
+      const int64_t from = (end + state.block - 1) / state.block;
+      EXPECT_EQ(
+          state.values.narrow(0, from, state.values.numel() - from).ne(0).sum().item<int64_t>(), 0)
+          << name << " " << moments << state.kind;
+    }
+  }
+}
+
 TEST(Optimizer, UnknownName_ListsWhatExists) {
   auto recipe = recipe_of();
   recipe.name = "muon";

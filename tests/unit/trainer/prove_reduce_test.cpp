@@ -153,6 +153,16 @@ TEST(ProveReduce, Experts_StayWholeNumbersOfTheirAxis) {
   EXPECT_EQ(small.grid.sizes().ep, 8);
 }
 
+TEST(ProveReduce, NarrowMoments_AreWideInAProof) {
+  const plan::Plan plan = plan_of({"optimizer.moments=int8"}, 8);
+  const ReducedRun run = reduce_run(plan);
+  EXPECT_EQ(run.recipe.optimizer.moments, "auto");
+  EXPECT_THAT(run.notes, Contains(Field(&ReductionNote::key, "optimizer.moments")));
+  const ReducedRun lion = reduce_run(plan_of({"optimizer.name=lion"}, 8));
+  EXPECT_EQ(lion.recipe.optimizer.name, "lion");
+  EXPECT_EQ(lion.recipe.optimizer.eps, recipe::Optimizer{}.eps);
+}
+
 TEST(ProveReduce, OneRank_RunsTheSameSamples) {
   const ReducedRun run = reduce_run(plan_of({"parallel.tensor=2"}, 4));
   const recipe::Recipe one = on_one_rank(run.recipe);

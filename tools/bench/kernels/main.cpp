@@ -175,6 +175,29 @@ void optimizer(int64_t count, DType moments) {
          }));
 }
 
+void blockwise_optimizer(int64_t count) {
+  const auto tile_values = cut_tiles(std::vector<FlatRange>{{0, count, kDecay}});
+  const DeviceMemory tiles(tile_values), state(std::vector<StepState>{{.lr = 1e-4, .count = 10}}),
+      codes(std::vector<MomentCodes>{kMomentCodes}), weights(size(count, 4)),
+      gradient(size(count, 4)), first(size(count, 1)), second(size(count, 1)),
+      first_scale(size(count / kMomentBlock, 4)), second_scale(size(count / kMomentBlock, 4)),
+      copy(size(count, 2));
+  const BlockwiseArgs args{.weight_decay = 0.1,
+                           .state = state.as<StepState>(),
+                           .tiles = tiles.as<Tile>(),
+                           .tile_count = static_cast<int64_t>(tile_values.size()),
+                           .codes = codes.as<MomentCodes>(),
+                           .weights = weights.data(),
+                           .gradient_values = gradient.data(),
+                           .first = first.as<uint8_t>(),
+                           .second = second.as<uint8_t>(),
+                           .first_scale = first_scale.as<float>(),
+                           .second_scale = second_scale.as<float>(),
+                           .copy = copy.data()};
+  report("adamw_blockwise", fmt::format("{}", count), static_cast<double>(count) * 18.0625,
+         median_us([&](Stream s) { api().adamw_blockwise(args, s); }));
+}
+
 void fp8(int64_t rows, int64_t columns) {
   const int64_t n = rows * columns;
   const DeviceMemory x(size(n, 2)), out(size(n, 1)), transposed(size(n, 1)), scale(4), top(4),
@@ -249,6 +272,7 @@ void run_all() {
   cross_entropy(2048, 151936);
   optimizer(int64_t{1} << 27, k32);
   optimizer(int64_t{1} << 27, k16);
+  blockwise_optimizer(int64_t{1} << 27);
   fp8(16384, 4096);
   experts(16384, 64, 8, 2048);
 }

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-#include "capstan/optim/adamw.h"
+#include "capstan/optim/flat_update.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,33 +11,26 @@
 
 #include "capstan/base/error.h"
 #include "optim/cpu/kernels.h"
+#include "wave.h"
 
 namespace capstan::optim {
 namespace {
 
-Tensor wave(int64_t count, double phase, at::ScalarType type = at::kDouble) {
-  return at::arange(count, at::kDouble).mul(0.37).add(phase).sin().to(type);
-}
-
 struct Fixture {
-  AdamWTensors t;
+  FlatTensors t;
   explicit Fixture(int64_t count, at::ScalarType type = at::kDouble) {
     t.weights = wave(count, 0.1, type);
     t.gradient = wave(count, 1.3, type).mul_(0.5);
     t.first = at::zeros({count}, type);
     t.second = at::zeros({count}, type);
   }
-  void update(const AdamWStep& step, bool decay = true) {
-    const AdamWJob job{&t, 0, t.weights.numel(), decay};
-    adamw_update({&job, 1}, step);
+  void update(const FlatStep& step, bool decay = true) {
+    const FlatJob job{&t, 0, t.weights.numel(), decay};
+    update_flat(UpdateRule::kAdamW, {&job, 1}, step);
   }
 };
 
-const AdamWStep kStep{.lr = 3e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
-
-double difference(const Tensor& a, const Tensor& b) {
-  return a.to(at::kDouble).sub(b.to(at::kDouble)).abs().max().item<double>();
-}
+const FlatStep kStep{.lr = 3e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
 
 TEST(AdamW, ThreeSteps_EqualThePlainFormulaInFp64) {
   Fixture f(1000);
@@ -45,7 +38,7 @@ TEST(AdamW, ThreeSteps_EqualThePlainFormulaInFp64) {
   for (int t = 1; t <= 3; ++t) {
     const Tensor g = wave(1000, t, at::kDouble);
     f.t.gradient.copy_(g);
-    AdamWStep step = kStep;
+    FlatStep step = kStep;
     step.count = t;
     step.gradient_scale = 0.25;
     f.update(step);
@@ -66,7 +59,7 @@ TEST(AdamW, EqualsTheFusedOperatorOfLibTorch) {
     std::vector<Tensor> w{f.t.weights.clone()}, g{f.t.gradient.clone()}, m{f.t.first.clone()},
         v{f.t.second.clone()}, steps{at::zeros({}, at::kFloat)};
     for (int t = 1; t <= 5; ++t) {
-      AdamWStep step = kStep;
+      FlatStep step = kStep;
       step.count = t;
       f.update(step);
       steps[0].fill_(t);
@@ -82,8 +75,8 @@ TEST(AdamW, RangeWithoutDecay_KeepsWeightsOfZeroGradient) {
   Fixture f(512);
   f.t.gradient.zero_();
   const Tensor before = f.t.weights.clone();
-  const AdamWJob jobs[] = {{&f.t, 0, 256, false}, {&f.t, 256, 512, true}};
-  adamw_update(jobs, kStep);
+  const FlatJob jobs[] = {{&f.t, 0, 256, false}, {&f.t, 256, 512, true}};
+  update_flat(UpdateRule::kAdamW, jobs, kStep);
   EXPECT_TRUE(f.t.weights.narrow(0, 0, 256).equal(before.narrow(0, 0, 256)));
   EXPECT_LT(difference(f.t.weights.narrow(0, 256, 256), before.narrow(0, 256, 256) * (1 - 3e-4)),
             1e-16);
@@ -93,8 +86,8 @@ TEST(AdamW, ElementsOutsideOfJobs_AreNotTouched) {
   Fixture f(1024, at::kFloat);
   f.t.copy = at::full({1024}, 7, at::kBFloat16);
   const Tensor before = f.t.weights.clone();
-  const AdamWJob job{&f.t, 300, 301, true};
-  adamw_update({&job, 1}, kStep);
+  const FlatJob job{&f.t, 300, 301, true};
+  update_flat(UpdateRule::kAdamW, {&job, 1}, kStep);
   EXPECT_EQ(f.t.weights.ne(before).sum().item<int64_t>(), 1);
   EXPECT_EQ(f.t.copy.ne(7).sum().item<int64_t>(), 1);
 }
@@ -143,18 +136,20 @@ TEST(AdamW, SameBitsForAnyThreadCountAndInstructionSet) {
   EXPECT_TRUE(results[0].equal(results[1]));
   Fixture f(100003, at::kFloat);
   const auto step = kStep;
-  const cpu::AdamWFactors<float> factors{1.0F,
-                                         static_cast<float>(1 - step.lr * step.weight_decay),
-                                         static_cast<float>(step.beta1),
-                                         static_cast<float>(1 - step.beta1),
-                                         static_cast<float>(step.beta2),
-                                         static_cast<float>(1 - step.beta2),
-                                         static_cast<float>(step.lr / (1 - step.beta1)),
-                                         static_cast<float>(1 / std::sqrt(1 - step.beta2)),
-                                         static_cast<float>(step.eps)};
-  cpu::plain::kKernels.adamw_f32(
+  const cpu::Factors<float> factors{1.0F,
+                                    static_cast<float>(1 - step.lr * step.weight_decay),
+                                    static_cast<float>(step.beta1),
+                                    static_cast<float>(1 - step.beta1),
+                                    static_cast<float>(step.beta2),
+                                    static_cast<float>(1 - step.beta2),
+                                    static_cast<float>(step.lr / (1 - step.beta1)),
+                                    static_cast<float>(1 / std::sqrt(1 - step.beta2)),
+                                    static_cast<float>(step.eps),
+                                    0,
+                                    1};
+  cpu::plain::kKernels.adamw.f32(
       {f.t.weights.data_ptr<float>(), f.t.gradient.data_ptr<float>(), f.t.first.data_ptr<float>(),
-       f.t.second.data_ptr<float>(), 100003},
+       f.t.second.data_ptr<float>(), 100003, 0},
       factors);
   EXPECT_TRUE(results[0].equal(f.t.weights));
 }
