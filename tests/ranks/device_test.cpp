@@ -14,8 +14,10 @@
 
 #include "capstan/base/error.h"
 #include "capstan/checkpoint/saver.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/infer/kv_cache.h"
 #include "capstan/ops/device_kernels.h"
+#include "capstan/optim/optimizer.h"
 #include "ranks/engine_fixture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
@@ -54,6 +56,7 @@ std::vector<Case> cases() {
       {"all on the host", {"parallel.zero.stage=3", "parallel.zero.offload=all"}},
       {"frozen", {"model.frozen=['*', '!*.1.*']"}},
       {"kept", {"precision.keep_fp32=['*norm*']"}},
+      {"lion", {"optimizer.name=lion"}},
       {"experts", experts},
       {"experts by sigmoid",
        with({"model.experts.router=sigmoid", "model.experts.z_loss=0.001",
@@ -164,6 +167,13 @@ Evaluated evaluate(const TinyRun& run) {
   return out;
 }
 
+std::vector<std::vector<std::string>> narrow_runs() {
+  return {
+      {"optimizer.moments=bf16", "precision.compute=bf16"},
+      {"optimizer.moments=int8", "precision.compute=fp32", "model.hidden_size=256",
+       "model.intermediate_size=256", "model.num_hidden_layers=1", "model.initializer_range=0.05"}};
+}
+
 // What the CPU gives, before there is a device: a process has one.
 class OnTheCpu : public ::testing::Environment {
  public:
@@ -175,6 +185,10 @@ class OnTheCpu : public ::testing::Environment {
     static std::map<std::string, TinyResult> of_run;
     return of_run;
   }
+  static std::map<std::string, TinyResult>& narrow_moments() {
+    static std::map<std::string, TinyResult> of_moments;
+    return of_moments;
+  }
   static TinyResult& narrow() {
     static TinyResult result;
     return result;
@@ -183,6 +197,8 @@ class OnTheCpu : public ::testing::Environment {
     for (const Case& c : cases()) results()[c.name] = evaluate({.overrides = c.overrides});
     for (const Spoilt& s : spoilt_runs()) spoilt()[s.name] = train(s.run, s.hooks(false));
     narrow() = train({.overrides = {"precision.compute=bf16"}});
+    for (const auto& overrides : narrow_runs())
+      narrow_moments()[overrides[0]] = train({.overrides = overrides});
     test::install_fake_device();
   }
 };
@@ -226,6 +242,60 @@ TEST(Device, Bf16_StaysCloseToTheCpu) {
   }
 }
 
+// Weights, copy and states after three updates of two ranges.
+std::vector<Tensor> updated(const recipe::Optimizer& recipe, at::ScalarType gradient,
+                            at::Device device) {
+  constexpr int64_t kCount = 8192;
+  const auto wave = [&](double phase, at::ScalarType type) {
+    return at::arange(kCount, at::kDouble).mul(0.37).add(phase).sin().to(type).to(device);
+  };
+  parallel::Shard shard;
+  shard.master = wave(0.1, at::kFloat);
+  shard.copy = wave(0.1, at::kBFloat16);
+  shard.gradient = wave(0.7, gradient);
+  if (recipe.moments == "int8") shard.update = plan::UpdateKind::kRowBlock;
+  shard.ranges = {{0, 4608, true, true, 100}, {4608, 7936, false, true, 0xfffffff0}};
+  const auto optimizer = optim::make_optimizer(recipe, {shard});
+  for (int64_t t = 1; t <= 3; ++t)
+    optimizer->step({.lr = 1e-2, .gradient_scale = 0.7, .count = t, .seed = 9});
+  std::vector<Tensor> result{shard.master.cpu(), shard.copy.cpu()};
+  for (const auto& state : optimizer->states()) result.push_back(state.values.cpu());
+  return result;
+}
+
+TEST(Device, EveryOptimizer_HasTheBitsOfTheCpu) {
+  ops::install_device_kernels(&test::fake_kernels());
+  const at::Device device = device::accelerator()->device();
+  for (const auto& [name, moments] : {std::pair{"adamw", "auto"},
+                                      {"adamw", "bf16"},
+                                      {"adamw", "int8"},
+                                      {"lion", "auto"},
+                                      {"lion", "bf16"}})
+    for (const auto gradient : {at::kFloat, at::kBFloat16}) {
+      recipe::Optimizer recipe;
+      recipe.name = name;
+      recipe.moments = moments;
+      const auto got = updated(recipe, gradient, device),
+                 want = updated(recipe, gradient, at::kCPU);
+      ASSERT_EQ(got.size(), want.size());
+      for (size_t i = 0; i < got.size(); ++i)
+        EXPECT_TRUE(got[i].equal(want[i])) << name << ", moments " << moments << ", tensor " << i;
+    }
+  ops::install_device_kernels(nullptr);
+}
+
+// Types of runs of users: fp32 weights beside bf16 values, narrow moments, all on the device.
+TEST(Device, NarrowMoments_RunByOurKernels) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const auto& overrides : narrow_runs()) {
+    const TinyResult got = train({.overrides = overrides}, on_own_thread());
+    const TinyResult& want = OnTheCpu::narrow_moments().at(overrides[0]);
+    for (size_t i = 0; i < got.reports.size(); ++i)
+      EXPECT_NEAR(got.reports[i].loss / want.reports[i].loss, 1, 5e-3) << overrides[0];
+  }
+  ops::install_device_kernels(nullptr);
+}
+
 // Steps that are queued ahead of their reports; afterwards those of the ordinary run must have
 // come.
 std::vector<StepReport> train_ahead(
@@ -255,14 +325,18 @@ void expect_no_waits(const TinyRun& run) {
 }
 
 TEST(Device, TheHostNeverWaitsInAStep) {
-  for (const char* more : {"optimizer.max_grad_norm=1.0", "data.documents=separate",
-                           "precision.compute=bf16", "parallel.recompute.mode=block"}) {
+  for (const char* more :
+       {"optimizer.max_grad_norm=1.0", "data.documents=separate", "precision.compute=bf16",
+        "parallel.recompute.mode=block", "optimizer.name=lion"}) {
     SCOPED_TRACE(more);
     expect_no_waits({.overrides = {more}});
     ops::install_device_kernels(&test::fake_kernels());
     expect_no_waits({.overrides = {more}});
     ops::install_device_kernels(nullptr);
   }
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const auto& overrides : narrow_runs()) expect_no_waits({.overrides = overrides});
+  ops::install_device_kernels(nullptr);
 }
 
 void expect_reports_late(const std::vector<std::string>& overrides, bool late) {
@@ -282,6 +356,7 @@ TEST(Device, WhatTheHostDecides_IsKnownFromTheRecipe) {
   expect_reports_late({"optimizer.spike_skip={sigma: 6.0, window: 16}"}, false);
   expect_reports_late({"precision.compute=fp16"}, false);
   expect_reports_late({"precision.compute=fp16", "precision.loss_scale=128"}, true);
+  expect_reports_late({"optimizer.moments=bf16", "precision.compute=bf16"}, false);  // by ATen
   expect_reports_late({"parallel.zero.stage=1", "parallel.zero.offload=optimizer"}, false);
   expect_reports_late({"model.family=moe", "model.experts.count=4"}, false);
 }

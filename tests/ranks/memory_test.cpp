@@ -32,7 +32,8 @@ plan::Plan make_plan(const std::string& model, const std::string& batch,
       "lr_schedule: {kind: constant}\n"
       "precision: {compute: " +
       compute + "}\n";
-  return plan::make_plan(recipe::parse_recipe(text, "memory_test"), plan::local_topology(1, 1, "cpu"), {});
+  return plan::make_plan(recipe::parse_recipe(text, "memory_test"),
+                         plan::local_topology(1, 1, "cpu"), {});
 }
 
 std::vector<engine::MicroBatch> make_batches(const plan::Plan& plan) {
@@ -110,7 +111,7 @@ struct LayoutRecipe {
   const char* name;
   int ranks;
   std::string model, batch, parallel;
-  std::string compute = "fp32", reduction = "auto", keep_fp32 = "[]";
+  std::string compute = "fp32", reduction = "auto", keep_fp32 = "[]", optimizer = "";
 };
 
 plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
@@ -124,7 +125,9 @@ plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
       "batch: {" +
       recipe.batch +
       "}\n"
-      "optimizer: {lr: 1.0e-3}\n"
+      "optimizer: {lr: 1.0e-3" +
+      recipe.optimizer +
+      "}\n"
       "lr_schedule: {kind: constant}\n"
       "precision: {compute: " +
       recipe.compute + ", reduction: " + recipe.reduction + ", keep_fp32: " + recipe.keep_fp32 +
@@ -289,6 +292,14 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"zero_1_norms_kept_bf16", 2, kWide,
                      "global_samples: 4, micro_samples: 2, sequence_length: 64", "zero: {stage: 1}",
                      "bf16", "fp32", "['*norm*', '*embed_tokens*']"},
+        LayoutRecipe{"lion", 2, kWide, "global_samples: 4, micro_samples: 2, sequence_length: 64",
+                     "data: 2", "fp32", "auto", "[]", ", name: lion"},
+        LayoutRecipe{"moments_bf16", 2, kWide,
+                     "global_samples: 8, micro_samples: 2, sequence_length: 64",
+                     "zero: {stage: 2}, data: 2", "bf16", "fp32", "[]", ", moments: bf16"},
+        LayoutRecipe{"moments_int8", 2, kWide,
+                     "global_samples: 4, micro_samples: 2, sequence_length: 64", "data: 2", "fp32",
+                     "auto", "[]", ", moments: int8"},
         LayoutRecipe{"hybrid_offload_all", 4, kDeep,
                      "global_samples: 4, micro_samples: 1, sequence_length: 64",
                      "zero: {stage: 3, shard_size: 2, offload: all}"}),

@@ -89,6 +89,34 @@ engine::EngineHooks watch_choices(const plan::Plan& plan, double& margin) {
   return hooks;
 }
 
+// What Lion takes the sign of, out of the moment before and after: m' = b2 m + (1 - b2) g.
+class WatchDirections {
+ public:
+  explicit WatchDirections(const plan::Plan& plan) : optimizer_(plan.resolved.optimizer) {}
+
+  // After each step; returns the smallest direction of the step that is not 0.
+  double smallest(Engine& engine) {
+    double smallest = INFINITY;
+    if (optimizer_.name != "lion") return smallest;
+    const double b1 = optimizer_.betas[0], b2 = optimizer_.betas[1];
+    for (const auto& entry : engine.state_entries()) {
+      if (entry.kind != "optimizer.exp_avg") continue;
+      at::Tensor& before = moments_[entry.name];
+      if (!before.defined()) before = at::zeros_like(entry.tensor);
+      const at::Tensor size =
+          (before * b1 + (entry.tensor - before * b2) * ((1 - b1) / (1 - b2))).abs();
+      const at::Tensor moved = size.masked_select(size.gt(0));
+      if (moved.numel() > 0) smallest = std::min(smallest, moved.min().item<double>());
+      before = entry.tensor.clone();
+    }
+    return smallest;
+  }
+
+ private:
+  recipe::Optimizer optimizer_;
+  std::map<std::string, at::Tensor> moments_;
+};
+
 double evaluate(Engine& engine, int rank) {
   for (const auto& batch : batches_of(engine, rank, 1000)) engine.evaluate(batch);
   return engine.report_eval().loss();
@@ -114,8 +142,11 @@ ReferenceRun run_reference(const LayoutCase& layout, int steps) {
     mesh::Mesh mesh(world, plan.grid);
     Engine engine(plan, mesh, {.hooks = watch_choices(plan, run.margin)});
     const auto objective = engine::make_next_token_objective();
-    for (int step = 0; step < steps; ++step)
+    WatchDirections directions(plan);
+    for (int step = 0; step < steps; ++step) {
       run.reports.push_back(engine.step(batches_of(engine, 0, step), *objective));
+      run.direction = std::min(run.direction, directions.smallest(engine));
+    }
     run.eval_loss = evaluate(engine, 0);
     for (const auto& entry : engine.state_entries())
       run.state[entry.kind + "/" + entry.name] = entry.tensor.clone().view(entry.global_shape);

@@ -54,6 +54,7 @@ const std::map<std::string, std::string>& keys() {
       {"offload", "parallel.zero.offload"},
       {"activations", "parallel.offload_activations"},
       {"micro", "batch.micro_samples"},
+      {"optimizer", "optimizer.name"},
   };
   return table;
 }
@@ -72,8 +73,9 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   LayoutCase drawn;
   for (const LayoutAxis& axis : all_axes()) drawn.values[axis.name] = draw_value(random, axis);
   // Seldom, so that most cases share their one-rank run with others.
-  for (const char* axis : {"length", "frozen"})
-    if (random() % 3 > 0) drawn.values[axis] = axis == std::string("length") ? "32" : "none";
+  for (const auto& [axis, usual] :
+       {std::pair{"length", "32"}, {"frozen", "none"}, {"optimizer", "adamw"}})
+    if (random() % 3 > 0) drawn.values[axis] = usual;
   for (const auto& [axis, value] : fixed) drawn.values[axis] = value;
   // Most free draws contradict themselves; what only follows from another axis is set right, unless
   // it is asked for.
@@ -116,7 +118,8 @@ const std::vector<LayoutAxis>& model_axes() {
       {"documents", {"joined", "separate"}},
       {"window", {"none", "9"}},
       {"length", {"32", "12"}},
-      {"frozen", {"none", "embedding", "attention", "most"}}};
+      {"frozen", {"none", "embedding", "attention", "most"}},
+      {"optimizer", {"adamw", "lion"}}};
   return axes;
 }
 
