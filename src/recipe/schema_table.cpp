@@ -187,7 +187,10 @@ void add_optimizer_keys(std::vector<Key>& t) {
                   "under 4096 elements, with rows of no whole blocks, and the embedding keep auto.")
                   .choice());
   t.push_back(KEY(optimizer.lr, "Peak learning rate.").required().above(0));
-  t.push_back(KEY(optimizer.betas, "Decay rates of the two moments.").count(2).half_open(0, 1));
+  t.push_back(KEY(optimizer.betas,
+                  "Decay rates of the two moments; with lion of the direction and of its moment.")
+                  .count(2)
+                  .half_open(0, 1));
   t.push_back(
       KEY(optimizer.eps, "Added to the root of the second moment; not read by lion.").above(0));
   t.push_back(KEY(optimizer.weight_decay, "Decoupled decay; not on norms and biases.").at_least(0));

@@ -244,14 +244,15 @@ TEST(Device, Bf16_StaysCloseToTheCpu) {
 
 // Weights, copy and states after three updates of two ranges.
 std::vector<Tensor> updated(const recipe::Optimizer& recipe, at::ScalarType gradient,
-                            at::Device device) {
+                            at::ScalarType copy, at::Device device) {
   constexpr int64_t kCount = 8192;
   const auto wave = [&](double phase, at::ScalarType type) {
     return at::arange(kCount, at::kDouble).mul(0.37).add(phase).sin().to(type).to(device);
   };
   parallel::Shard shard;
   shard.master = wave(0.1, at::kFloat);
-  shard.copy = wave(0.1, at::kBFloat16);
+  shard.master.narrow(0, 7936, 256).zero_();  // padding
+  shard.copy = at::zeros({kCount}, at::TensorOptions().dtype(copy).device(device));
   shard.gradient = wave(0.7, gradient);
   if (recipe.moments == "int8") shard.update = plan::UpdateKind::kRowBlock;
   shard.ranges = {{0, 4608, true, true, 100}, {4608, 7936, false, true, 0xfffffff0}};
@@ -271,12 +272,14 @@ TEST(Device, EveryOptimizer_HasTheBitsOfTheCpu) {
                                       {"adamw", "int8"},
                                       {"lion", "auto"},
                                       {"lion", "bf16"}})
-    for (const auto gradient : {at::kFloat, at::kBFloat16}) {
+    for (const auto& [gradient, copy] : {std::pair{at::kFloat, at::kBFloat16},
+                                         {at::kBFloat16, at::kBFloat16},
+                                         {at::kFloat, at::kHalf}}) {
       recipe::Optimizer recipe;
       recipe.name = name;
       recipe.moments = moments;
-      const auto got = updated(recipe, gradient, device),
-                 want = updated(recipe, gradient, at::kCPU);
+      const auto got = updated(recipe, gradient, copy, device),
+                 want = updated(recipe, gradient, copy, at::kCPU);
       ASSERT_EQ(got.size(), want.size());
       for (size_t i = 0; i < got.size(); ++i)
         EXPECT_TRUE(got[i].equal(want[i])) << name << ", moments " << moments << ", tensor " << i;

@@ -158,6 +158,7 @@ std::vector<std::string> LayoutCase::overrides() const {
   const int data = number("dp_replicate") * number("dp_shard");
   list.push_back("parallel.data=" + std::to_string(data));
   list.push_back("precision.compute=" + compute);
+  list.push_back("optimizer.moments=" + moments);
   const std::string& recompute = values.at("recompute");
   const bool is_mode = recompute == "none" || recompute == "block";
   list.push_back("parallel.recompute.mode=" + (is_mode ? recompute : "selective"));

@@ -25,7 +25,7 @@ struct LayoutAxis {
 
 struct LayoutCase {
   std::map<std::string, std::string> values;  // by axis, model and layout
-  std::string compute = "fp64";
+  std::string compute = "fp64", moments = "auto";
 
   [[nodiscard]] int number(const std::string& axis) const { return std::stoi(values.at(axis)); }
   [[nodiscard]] int ranks() const;
