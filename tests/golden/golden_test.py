@@ -36,6 +36,9 @@ CASES = {
     "llama_fp64_untied_window_bias": ([FP64, "model.tie_word_embeddings=false", "model.sliding_window=9", "model.attention_bias=true"], 1, 1e-9),
     "llama_fp32_wsd": (["precision.compute=fp32", "lr_schedule={kind: wsd, warmup: 3, decay: 4}"], 1, 2e-4),
     "llama_bf16": (["precision.compute=bf16"], 1, 3e-2),
+    "llama_fp64_lion": ([FP64, "optimizer={name: lion, lr: 1.0e-3, weight_decay: 0.5}"], 1, 1e-9),
+    "llama_fp32_moments_bf16": (["precision.compute=fp32", "optimizer.moments=bf16"], 1, 3e-3),
+    "llama_fp32_moments_int8": (["precision.compute=fp32", "optimizer={moments: int8, lr: 1.0e-3}", "model.hidden_size=256", "model.intermediate_size=256"], 1, 3e-3),
 }
 
 
