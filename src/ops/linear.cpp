@@ -31,6 +31,11 @@ std::vector<Param> params_of(const Projection& projection, bool with_bias) {
   return params;
 }
 
+// The projection in fp8, or null.
+Fp8Linear* fp8_of(const Projection& projection, LinearMode mode) {
+  return mode.fp8 && Fp8Linear::covers(projection) ? mode.fp8 : nullptr;
+}
+
 bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
 }  // namespace
@@ -77,6 +82,36 @@ void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tenso
   }
 }
 
+Tensor linear_forward(const Tensor& x, const Projection& projection, bool with_bias,
+                      LinearMode mode) {
+  const Tensor weight_OD = projection.weight();
+  const Tensor bias_O = with_bias ? projection.bias_value() : Tensor();
+  Fp8Linear* const fp8 = fp8_of(projection, mode);
+  if (!fp8) return linear_forward(x, weight_OD, bias_O);
+  at::NoGradGuard no_grad;
+  Product y(x, weight_OD.size(0));
+  fp8->forward(y.rows_NO, rows_of(x), projection, mode.observes);
+  if (bias_O.defined()) y.rows_NO.add_(bias_O);
+  return y.whole;
+}
+
+Tensor linear_input_gradient(const Tensor& grad, const Projection& projection, LinearMode mode) {
+  const Tensor weight_OD = projection.weight();
+  Fp8Linear* const fp8 = fp8_of(projection, mode);
+  if (!fp8) return linear_input_gradient(grad, weight_OD);
+  at::NoGradGuard no_grad;
+  Product dx(grad, weight_OD.size(1));
+  fp8->input_gradient(dx.rows_NO, rows_of(grad), projection);
+  return dx.whole;
+}
+
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
+                       const Projection& projection, LinearMode mode) {
+  if (Fp8Linear* const fp8 = fp8_of(projection, mode))
+    return fp8->add_weight_gradient(slot, grad_NO, x_ND, projection);
+  add_outer_product(slot, grad_NO, x_ND);
+}
+
 void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
   if (projection.bias.empty() || !projection.bias.front().trainable()) return;
   at::NoGradGuard no_grad;
@@ -86,28 +121,28 @@ void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
 }
 
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
-                            bool with_bias) {
+                            bool with_bias, LinearMode mode) {
   const Tensor grad_NO = rows_of(grad).detach();
   if (with_bias) linear_bias_gradient(projection, grad_NO);
   if (!projection.trainable()) return;
   const Tensor x_ND = rows_of(x).detach();
-  projection.accumulate(
-      [grad_NO, x_ND](param::GradSlot& slot) { add_outer_product(slot, grad_NO, x_ND); });
+  projection.accumulate([grad_NO, x_ND, projection, mode](param::GradSlot& slot) {
+    add_outer_product(slot, grad_NO, x_ND, projection, mode);
+  });
 }
 
-Tensor linear(const Tensor& x, const Projection& projection, bool with_bias) {
-  const Tensor y =
-      linear_forward(x, projection.weight(), with_bias ? projection.bias_value() : Tensor());
+Tensor linear(const Tensor& x, const Projection& projection, bool with_bias, LinearMode mode) {
+  const Tensor y = linear_forward(x, projection, with_bias, mode);
   const bool wants_input_grad = x.requires_grad();
   return record(y, {"linear",
                     {x},
                     params_of(projection, with_bias),
                     {projection.trainable() ? x : Tensor()},
-                    [projection, with_bias, wants_input_grad](const Tensors& saved,
-                                                              Tensors& grads) -> Tensors {
-                      linear_weight_gradient(projection, grads[0], saved[0], with_bias);
+                    [projection, with_bias, wants_input_grad, mode](const Tensors& saved,
+                                                                    Tensors& grads) -> Tensors {
+                      linear_weight_gradient(projection, grads[0], saved[0], with_bias, mode);
                       if (!wants_input_grad) return {Tensor()};
-                      return {linear_input_gradient(grads[0], projection.weight())};
+                      return {linear_input_gradient(grads[0], projection, mode)};
                     }});
 }
 

@@ -4,13 +4,15 @@
 // GEMM. The weight's gradient is multiplied straight into its GradSlot. Legend: D input features, O
 // output features (of all parts), N tokens.
 #pragma once
+#include "capstan/ops/fp8_linear.h"
 #include "capstan/ops/record.h"
 
 namespace capstan::ops {
 
 // x [..., D] in compute dtype -> [..., O]. with_bias = false leaves the bias to a later add_bias
 // (row-parallel layers add it once, after their reduction).
-[[nodiscard]] Tensor linear(const Tensor& x, const Projection& projection, bool with_bias = true);
+[[nodiscard]] Tensor linear(const Tensor& x, const Projection& projection, bool with_bias = true,
+                            LinearMode mode = {});
 // y + b; y is consumed (written in place). Returns y itself for a projection without bias.
 [[nodiscard]] Tensor add_bias(const Tensor& y, const Projection& projection);
 
@@ -20,13 +22,20 @@ void multiply_into(Tensor out, const Tensor& a, const Tensor& b);
 [[nodiscard]] Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bias_O);
 [[nodiscard]] Tensor linear_input_gradient(const Tensor& grad,
                                            const Tensor& weight_OD);  // [..., D]
+// The same by the mode of the pass.
+[[nodiscard]] Tensor linear_forward(const Tensor& x, const Projection& projection, bool with_bias,
+                                    LinearMode mode);
+[[nodiscard]] Tensor linear_input_gradient(const Tensor& grad, const Projection& projection,
+                                           LinearMode mode);
 // Hands grad^T x (and the column sums of grad for the bias) to the projection's store; it may run
 // later.
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
-                            bool with_bias);
+                            bool with_bias, LinearMode mode = {});
 // The bias part alone; nothing for a projection without bias.
 void linear_bias_gradient(const Projection& projection, const Tensor& grad);
 // slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree.
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND);
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
+                       const Projection& projection, LinearMode mode);
 
 }  // namespace capstan::ops
