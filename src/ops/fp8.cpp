@@ -7,12 +7,14 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <bit>
+#include <array>
 #include <cmath>
 #include <limits>
 
 #include "capstan/base/check.h"
 #include "capstan/ops/path.h"
+#include "ops/cpu/dtypes.h"
+#include "ops/cpu/fp8_kernels.h"
 #include "ops/on_device_internal.h"
 
 namespace capstan::ops {
@@ -34,43 +36,9 @@ kernels::Fp8 kernel_format(Fp8Format format) {
 
 // --- the plain loops of the CPU -----------------------------------------------------------------
 
-// Of a format with `mantissa` bits and numbers down to 2^smallest without subnormals.
-struct Bits {
-  int mantissa, smallest;
-  uint32_t largest;  // pattern of the largest number
-};
-constexpr Bits kE4m3Bits{3, -6, 0x7e}, kE5m2Bits{2, -14, 0x7b};
-
-// To nearest even. Subnormals are rounded by the adder: a number whose last place is theirs is
-// added and taken off.
-template <Bits kBits>
-inline uint8_t fp8_bits(float x) {
-  constexpr uint32_t kShift = 23 - kBits.mantissa;
-  constexpr uint32_t kBias = static_cast<uint32_t>(127 - (1 - kBits.smallest)) << 23;
-  constexpr float kLastPlace =
-      std::bit_cast<float>(static_cast<uint32_t>(127 + kBits.smallest - kBits.mantissa + 23) << 23);
-  const auto pattern = std::bit_cast<uint32_t>(x);
-  const uint32_t size = pattern & 0x7fffffffU, sign = pattern >> 24 & 0x80U;
-  const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(size) + kLastPlace) -
-                         std::bit_cast<uint32_t>(kLastPlace);
-  const uint32_t half_less_one = (1U << (kShift - 1)) - 1;
-  const uint32_t normal = (size - kBias + half_less_one + (size >> kShift & 1U)) >> kShift;
-  constexpr uint32_t kNormalFrom = static_cast<uint32_t>(127 + kBits.smallest) << 23;
-  constexpr uint32_t kSaturates = kBias + (kBits.largest << kShift);
-  uint32_t result = size < kNormalFrom ? small : normal;
-  if (size >= kSaturates) result = kBits.largest;
-  return static_cast<uint8_t>(size > 0x7f800000U ? 0x7fU : result | sign);
-}
-
-template <class T>
-float largest_in(const T* x, int64_t begin, int64_t end) {
-  float largest = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const float size = std::fabs(static_cast<float>(x[i]));
-    largest = size > largest ? size : largest;
-  }
-  return largest;
-}
+// Index of the kernels.
+size_t element_of(const Tensor& x) { return x.scalar_type() == at::kFloat ? 0 : 1; }
+size_t index_of(Fp8Format format) { return format == Fp8Format::kE4m3 ? 0 : 1; }
 
 float scale_of(float largest, Fp8Format format) {
   constexpr float kMost = std::numeric_limits<float>::max();
@@ -79,31 +47,16 @@ float scale_of(float largest, Fp8Format format) {
   return scale > 0 ? scale : 1;
 }
 
-template <class T>
-void cast_run(const T* x, uint8_t* out, int64_t count, float scale, Fp8Format format) {
-  if (format == Fp8Format::kE4m3)
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = fp8_bits<kE4m3Bits>(static_cast<float>(x[i]) * scale);
-  else
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = fp8_bits<kE5m2Bits>(static_cast<float>(x[i]) * scale);
-}
-
-// visit(const T*) on the elements of a contiguous fp32 or bf16 tensor.
-template <class Visit>
-auto on_elements(const Tensor& x, const Visit& visit) {
-  if (x.scalar_type() == at::kFloat) return visit(x.const_data_ptr<float>());
-  return visit(x.const_data_ptr<at::BFloat16>());
-}
-
 float largest_by_loop(const Tensor& x) {
   const Tensor rows = x.contiguous();
-  return on_elements(rows, [&](const auto* from) {
-    return at::parallel_reduce(
-        0, rows.numel(), kGrain, 0.0F,
-        [&](int64_t begin, int64_t end, float) { return largest_in(from, begin, end); },
-        [](float a, float b) { return a > b ? a : b; });
-  });
+  const auto* const from = static_cast<const char*>(rows.const_data_ptr());
+  auto* const largest_in = cpu::fp8_kernels().largest[element_of(rows)];
+  return at::parallel_reduce(
+      0, rows.numel(), kGrain, 0.0F,
+      [&](int64_t begin, int64_t end, float) {
+        return largest_in(from + begin * rows.element_size(), end - begin);
+      },
+      [](float a, float b) { return a > b ? a : b; });
 }
 
 Tensor bytes_like(const Tensor& x) { return at::empty(x.sizes(), x.options().dtype(at::kByte)); }
@@ -111,11 +64,11 @@ Tensor bytes_like(const Tensor& x) { return at::empty(x.sizes(), x.options().dty
 Fp8Matrix cast_by_loop(const Tensor& x_MK, Fp8Format format, const Tensor& largest) {
   const Tensor rows = x_MK.contiguous(), out = bytes_like(rows);
   const float scale = scale_of(*largest.const_data_ptr<float>(), format);
+  const auto* const from = static_cast<const char*>(rows.const_data_ptr());
   auto* const to = out.mutable_data_ptr<uint8_t>();
-  on_elements(rows, [&](const auto* from) {
-    at::parallel_for(0, rows.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      cast_run(from + begin, to + begin, end - begin, scale, format);
-    });
+  auto* const cast = cpu::fp8_kernels().cast[element_of(rows)][index_of(format)];
+  at::parallel_for(0, rows.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    cast(from + begin * rows.element_size(), to + begin, end - begin, scale);
   });
   return {out, at::full({1}, 1 / scale, at::kFloat)};
 }
@@ -124,18 +77,18 @@ Fp8Matrix cast_rows_by_loop(const Tensor& x_MK, Fp8Format format) {
   const Tensor rows = x_MK.contiguous(), out = bytes_like(rows);
   const int64_t M = rows.size(0), K = rows.size(1);
   const Tensor inverse = at::empty({M, 1}, at::kFloat);
+  const auto* const from = static_cast<const char*>(rows.const_data_ptr());
   auto* const to = out.mutable_data_ptr<uint8_t>();
   auto* const inverses = inverse.mutable_data_ptr<float>();
-  on_elements(rows, [&](const auto* from) {
-    at::parallel_for(0, M, std::max<int64_t>(1, kGrain / std::max<int64_t>(K, 1)),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t r = begin; r < end; ++r) {
-                         const auto* const row = from + r * K;
-                         const float scale = scale_of(largest_in(row, 0, K), format);
-                         cast_run(row, to + r * K, K, scale, format);
-                         inverses[r] = 1 / scale;
-                       }
-                     });
+  auto* const largest_in = cpu::fp8_kernels().largest[element_of(rows)];
+  auto* const cast = cpu::fp8_kernels().cast[element_of(rows)][index_of(format)];
+  at::parallel_for(0, M, cpu::grain(K), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto* const row = from + r * K * rows.element_size();
+      const float scale = scale_of(largest_in(row, K), format);
+      cast(row, to + r * K, K, scale);
+      inverses[r] = 1 / scale;
+    }
   });
   return {out, inverse};
 }
@@ -217,14 +170,38 @@ Tensor cast_reference(const Tensor& x_MK, const Tensor& scale, Fp8Format format)
 
 // --- products -----------------------------------------------------------------------------------
 
-// Numbers of fp8 are exact in fp32.
+std::array<float, 256> numbers_of(Fp8Format format) {
+  std::array<float, 256> numbers{};
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const auto bits = static_cast<uint8_t>(i);
+    numbers[i] = format == Fp8Format::kE4m3
+                     ? static_cast<float>(at::Float8_e4m3fn(bits, at::Float8_e4m3fn::from_bits()))
+                     : static_cast<float>(at::Float8_e5m2(bits, at::Float8_e5m2::from_bits()));
+  }
+  return numbers;
+}
+
+// In fp32, which holds every number of fp8.
+Tensor widened(const Tensor& x) {
+  static const std::array<float, 256> e4m3 = numbers_of(Fp8Format::kE4m3),
+                                      e5m2 = numbers_of(Fp8Format::kE5m2);
+  const auto& numbers = x.scalar_type() == at::kFloat8_e4m3fn ? e4m3 : e5m2;
+  const Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  const auto* const from = static_cast<const uint8_t*>(x.const_data_ptr());
+  auto* const to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = numbers[from[i]];
+  });
+  return out;
+}
+
 void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix& b) {
-  const Tensor b_KN = b.values_MK.to(at::kFloat).t();
+  const Tensor b_KN = widened(b.values_MK).t();
   const Tensor scale_N = b.inverse_scale.view({-1});
+  const bool by_row = a.inverse_scale.dim() == 2;
   for (int64_t first = 0; first < out_MN.size(0); first += kProductRows) {
     const int64_t count = std::min(kProductRows, out_MN.size(0) - first);
-    const Tensor product = at::mm(a.values_MK.narrow(0, first, count).to(at::kFloat), b_KN);
-    const bool by_row = a.inverse_scale.dim() == 2;
+    const Tensor product = at::mm(widened(a.values_MK.narrow(0, first, count)), b_KN);
     product.mul_(by_row ? a.inverse_scale.narrow(0, first, count) : a.inverse_scale).mul_(scale_N);
     out_MN.narrow(0, first, count).copy_(product);
   }

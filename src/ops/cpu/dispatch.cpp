@@ -4,6 +4,7 @@
 #include "capstan/device/isa.h"
 #include "ops/cpu/attention_kernels.h"
 #include "ops/cpu/cross_entropy_kernels.h"
+#include "ops/cpu/fp8_kernels.h"
 #include "ops/cpu/norm_kernels.h"
 #include "ops/cpu/rope_kernels.h"
 #include "ops/cpu/swiglu_kernels.h"
@@ -47,6 +48,11 @@ const RopeKernels& rope_kernels() {
 const CrossEntropyKernels& cross_entropy_kernels() {
   static const auto& kernels =
       pick(cross_entropy_plain, cross_entropy_avx2, cross_entropy_avx512, cross_entropy_avx512bf16);
+  return kernels;
+}
+
+const Fp8Kernels& fp8_kernels() {
+  static const auto& kernels = pick(fp8_plain, fp8_avx2, fp8_avx512, fp8_avx512bf16);
   return kernels;
 }
 
