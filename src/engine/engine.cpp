@@ -136,6 +136,26 @@ struct Engine::Impl {
     return made;
   }
 
+  // The maxima of delayed scaling become those of all ranks, so that histories are the same
+  // everywhere and outlive a change of the layout.
+  void finish_fp8(bool applied) {
+    if (!model.fp8->is_delayed()) return;
+    if (world.size() > 1) {
+      const Tensor maxima = model.fp8->step_maxima_P2().cpu();
+      world.all_reduce(maxima, comm::ReduceOp::kMax).wait();
+      model.fp8->step_maxima_P2().copy_(maxima);
+    }
+    model.fp8->finish_step(applied);
+  }
+
+  [[nodiscard]] std::vector<mesh::StateEntry> fp8_entries() const {
+    if (!model.fp8 || !model.fp8->is_delayed()) return {};
+    const Tensor history = model.fp8->history_HP2();
+    const plan::Shape shape = history.sizes().vec();
+    return {{kModel, "fp8", "layers.maxima", shape, plan::whole_box(shape), history.view({-1}),
+             mesh.rank() == 0}};
+  }
+
   void apply(const StepControl::Update& update) {
     const trace::Span span("optimizer", "update");
     optimizer->step({update.lr, update.gradient_scale, update.count,
@@ -148,6 +168,7 @@ struct Engine::Impl {
     const double local_loss = loss.defined() ? loss.item<double>() : 0;
     auto verdict = control.close_step(sum_over_ranks(local_loss, target_tokens));
     if (verdict.update.apply) apply(verdict.update);
+    if (model.fp8) finish_fp8(verdict.update.apply);
     if (model.balance)
       verdict.report.experts = model.balance->finish_step(world, verdict.update.apply);
     reports.push_back(std::move(verdict.report));
@@ -288,6 +309,7 @@ std::vector<mesh::StateEntry> Engine::state_entries() {
   if (e.model.balance)
     for (auto& entry : e.model.balance->state_entries(kModel, e.stage.rank() == 0))
       entries.push_back(std::move(entry));
+  for (auto& entry : e.fp8_entries()) entries.push_back(std::move(entry));
   return entries;
 }
 
@@ -316,6 +338,7 @@ void Engine::restore(const EngineScalars& scalars) {
   e.control.restore(scalars);
   if (e.on_device) e.on_device->restore(scalars.optimizer_count);
   for (auto& store : e.model.stores) store->refresh();
+  if (e.model.fp8) e.model.fp8->refresh();
 }
 
 std::string Engine::weights_hash() { return hash_weights(impl_->model, impl_->mesh); }

@@ -10,6 +10,7 @@
 
 #include "capstan/base/check.h"
 #include "capstan/ops/head.h"
+#include "capstan/ops/linear.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/parallel/expert_parallel.h"
 #include "parallel/context_all_to_all_internal.h"
@@ -60,7 +61,12 @@ ParallelSeams::ParallelSeams(ParallelSeamsOptions options) : options_(std::move(
 
 TensorCut ParallelSeams::cut(const nn::Context& context) const {
   const bool sequence = options_.sequence_parallel && context.mode != param::Mode::kDecode;
-  return {options_.tensor, sequence, sequence && options_.overlap_chunks};
+  return {options_.tensor, sequence, sequence && options_.overlap_chunks, linear(context)};
+}
+
+ops::LinearMode ParallelSeams::linear(const nn::Context& context) const {
+  if (context.mode == param::Mode::kDecode) return {};
+  return {.fp8 = options_.fp8.get(), .observes = context.mode == param::Mode::kTrain};
 }
 
 bool ParallelSeams::splits_rows(const nn::Context& context) const {
@@ -75,14 +81,17 @@ Tensor ParallelSeams::embed(const nn::Context& context, const Tensor& ids_BT,
 
 std::vector<Tensor> ParallelSeams::column(const nn::Context& context, const Tensor& x_BTD,
                                           std::span<const nn::Projection> projections) {
-  if (options_.tensor.size() == 1) return Seams::column(context, x_BTD, projections);
-  return column_linear(cut(context), x_BTD, projections);
+  if (options_.tensor.size() > 1) return column_linear(cut(context), x_BTD, projections);
+  std::vector<Tensor> outputs;
+  for (const nn::Projection& projection : projections)
+    outputs.push_back(ops::linear(x_BTD, projection, true, linear(context)));
+  return outputs;
 }
 
 Tensor ParallelSeams::row(const nn::Context& context, const Tensor& y_BTO,
                           const nn::Projection& projection) {
-  if (options_.tensor.size() == 1) return Seams::row(context, y_BTO, projection);
-  return row_linear(cut(context), y_BTO, projection);
+  if (options_.tensor.size() > 1) return row_linear(cut(context), y_BTO, projection);
+  return ops::linear(y_BTO, projection, true, linear(context));
 }
 
 Tensor ParallelSeams::attend(const nn::Context& context, int layer, const Tensor& qkv_BTX,

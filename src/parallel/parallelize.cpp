@@ -12,6 +12,7 @@
 #include "capstan/base/check.h"
 #include "capstan/device/accelerator.h"
 #include "capstan/parallel/parallel_seams.h"
+#include "capstan/plan/fp8.h"
 
 namespace capstan::parallel {
 namespace {
@@ -37,11 +38,29 @@ void split_stages(ParallelModel& out, const Request& r) {
   out.links = {pipeline, pipeline.size() > 1 ? pipeline.split("pp", all) : pipeline};
 }
 
+void choose_fp8(ParallelModel& out, const Request& r) {
+  const recipe::Fp8& fp8 = r.plan.resolved.precision.fp8;
+  if (!plan::uses_fp8(r.plan.resolved)) return;
+  const std::map<std::string, ops::Fp8Scaling> scalings{{"tensor", ops::Fp8Scaling::kTensor},
+                                                        {"row", ops::Fp8Scaling::kRow},
+                                                        {"delayed", ops::Fp8Scaling::kDelayed}};
+  std::vector<std::string> names;
+  for (const plan::ParamSpec* spec : plan::fp8_weights(r.model.shape, r.model.table()))
+    names.push_back(spec->name);
+  out.fp8 = std::make_shared<ops::Fp8Linear>(ops::Fp8Options{
+      .scaling = scalings.at(fp8.scaling),
+      .gradients = fp8.gradients == "e4m3" ? ops::Fp8Format::kE4m3 : ops::Fp8Format::kE5m2,
+      .keeps_weights = plan::keeps_fp8_weights(r.plan.resolved),
+      .history = fp8.history,
+      .projections = std::move(names),
+      .device = device::run_device()});
+}
+
 // The cuts over the tensor, sequence, context and expert axes.
 void cut_seams(ParallelModel& out, const Request& r) {
   const plan::Grid::Sizes& sizes = r.plan.grid.sizes();
   const comm::Communicator& rows = r.mesh.along(plan::AxisSet(plan::Axis::kCp) | plan::Axis::kTp);
-  if (sizes.tp == 1 && sizes.cp == 1 && sizes.ep == 1) {
+  if (sizes.tp == 1 && sizes.cp == 1 && sizes.ep == 1 && !out.fp8) {
     out.seams = std::make_unique<nn::Seams>();
     return;
   }
@@ -52,7 +71,8 @@ void cut_seams(ParallelModel& out, const Request& r) {
                            .all_to_all = recipe_of(r).context.method == "all_to_all",
                            .overlap_chunks = recipe_of(r).sequence_overlap,
                            .expert = r.mesh.along(plan::Axis::kEp),
-                           .rows = rows});
+                           .rows = rows,
+                           .fp8 = out.fp8});
 }
 
 // What the routers of this rank's layers keep from step to step.
@@ -249,6 +269,7 @@ ParallelModel parallelize(const plan::Plan& plan, const std::string& model, mesh
   ParallelModel out;
   out.name = model;
   split_stages(out, request);
+  choose_fp8(out, request);
   cut_seams(out, request);
   watch_experts(out, request);
   choose_recompute(out, request);

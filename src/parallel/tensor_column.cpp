@@ -25,18 +25,19 @@ class ColumnInput {
   ColumnInput(TensorCut cut, const Tensor& x) : cut_(std::move(cut)), x_(x.detach()) {}
 
   // slot (+)= grad^T x over all tokens.
-  void add_product(param::GradSlot& slot, const Tensor& grad_BTO) {
-    if (cut_.overlap) return add_product_by_parts(slot, grad_BTO);
+  void add_product(param::GradSlot& slot, const Tensor& grad_BTO, const Projection& projection) {
+    if (cut_.overlap) return add_product_by_parts(slot, grad_BTO, projection);
     if (!whole_ND_.defined())
       whole_ND_ = rows_of(cut_.sequence ? gather_sequence(cut_.group, x_) : x_);
-    ops::add_outer_product(slot, rows_of(grad_BTO), whole_ND_);
+    ops::add_outer_product(slot, rows_of(grad_BTO), whole_ND_, projection, cut_.linear);
   }
 
  private:
-  void add_product_by_parts(param::GradSlot& slot, const Tensor& grad_BTO) {
+  void add_product_by_parts(param::GradSlot& slot, const Tensor& grad_BTO,
+                            const Projection& projection) {
     const Tensor grads = parts_of_tokens(grad_BTO, cut_.group.size());
     const auto add = [&](int rank, const Tensor& part) {
-      ops::add_outer_product(slot, rows_of(grads[rank]), rows_of(part));
+      ops::add_outer_product(slot, rows_of(grads[rank]), rows_of(part), projection, cut_.linear);
     };
     if (!parts_.empty()) {
       for (const auto& [rank, part] : parts_) add(rank, part);
@@ -54,17 +55,18 @@ class ColumnInput {
 };
 
 // Sum over the projections of grad W: of all tokens, by the output features of this rank.
-Tensor partial_input_gradient(const std::vector<Projection>& projections, const Tensors& grads) {
+Tensor partial_input_gradient(const TensorCut& cut, const std::vector<Projection>& projections,
+                              const Tensors& grads) {
   Tensor dx;
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!grads[i].defined()) continue;
     const Tensor weight_OD = projections[i].weight();
     if (!dx.defined())
-      dx = ops::linear_input_gradient(grads[i], weight_OD);
-    else if (weight_OD.scalar_type() == dx.scalar_type())
+      dx = ops::linear_input_gradient(grads[i], projections[i], cut.linear);
+    else if (!cut.linear.fp8 && weight_OD.scalar_type() == dx.scalar_type())
       dx.view({-1, dx.size(-1)}).addmm_(rows_of(grads[i]), weight_OD);
     else
-      dx.add_(ops::linear_input_gradient(grads[i], weight_OD));
+      dx.add_(ops::linear_input_gradient(grads[i], projections[i], cut.linear));
   }
   return dx;
 }
@@ -74,8 +76,9 @@ void weight_gradients(const std::vector<Projection>& projections, const Tensors&
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!grads[i].defined()) continue;
     const Tensor grad = grads[i].detach();
-    projections[i].accumulate(
-        [input, grad](param::GradSlot& slot) { input->add_product(slot, grad); });
+    projections[i].accumulate([input, grad, projection = projections[i]](param::GradSlot& slot) {
+      input->add_product(slot, grad, projection);
+    });
     ops::linear_bias_gradient(projections[i], grad);
   }
 }
@@ -90,7 +93,7 @@ Tensor input_gradient_by_parts(const TensorCut& cut, const std::vector<Projectio
   return ring_reduce(cut.group, [&](int rank) {
     Tensors of_rank;
     for (const Tensor& part : parts) of_rank.push_back(part.defined() ? part[rank] : Tensor());
-    return partial_input_gradient(projections, of_rank);
+    return partial_input_gradient(cut, projections, of_rank);
   });
 }
 
@@ -112,7 +115,7 @@ struct ColumnBackward {
       return {dx};
     }
     // The sum over the ranks travels while the weight gradients are multiplied.
-    const Tensor dx = partial_input_gradient(projections, grads);
+    const Tensor dx = partial_input_gradient(cut, projections, grads);
     if (cut.sequence) {
       SequenceReduce reduce(cut.group, dx);
       weight_gradients(projections, grads, input);
@@ -130,8 +133,7 @@ Tensors outputs_by_parts(const TensorCut& cut, const Tensor& x,
   Tensors parts_pBtO(projections.size());
   ring_gather(cut.group, x, [&](int rank, const Tensor& part) {
     for (size_t i = 0; i < projections.size(); ++i) {
-      const Tensor y =
-          ops::linear_forward(part, projections[i].weight(), projections[i].bias_value());
+      const Tensor y = ops::linear_forward(part, projections[i], true, cut.linear);
       if (!parts_pBtO[i].defined()) {
         std::vector<int64_t> sizes = y.sizes().vec();
         sizes.insert(sizes.begin(), cut.group.size());
@@ -157,7 +159,7 @@ std::vector<Tensor> column_linear(const TensorCut& cut, const Tensor& x,
     } else {
       const Tensor all = cut.sequence ? gather_sequence(cut.group, x) : x;
       for (const Projection& p : projections)
-        outputs.push_back(ops::linear_forward(all, p.weight(), p.bias_value()));
+        outputs.push_back(ops::linear_forward(all, p, true, cut.linear));
     }
   }
   ops::NodeSpec node{.name = "column", .inputs = {x}, .params = {}, .saved = {}, .backward = {}};

@@ -15,11 +15,12 @@ namespace {
 Tensor summed_product(const TensorCut& cut, const Tensor& y, const nn::Projection& projection) {
   at::NoGradGuard no_grad;
   if (cut.overlap) {
-    const Tensor parts = parts_of_tokens(y, cut.group.size()), weight = projection.weight();
-    return ring_reduce(cut.group,
-                       [&](int rank) { return ops::linear_forward(parts[rank], weight, {}); });
+    const Tensor parts = parts_of_tokens(y, cut.group.size());
+    return ring_reduce(cut.group, [&](int rank) {
+      return ops::linear_forward(parts[rank], projection, false, cut.linear);
+    });
   }
-  const Tensor part = ops::linear_forward(y, projection.weight(), {});
+  const Tensor part = ops::linear_forward(y, projection, false, cut.linear);
   if (cut.sequence) return reduce_sequence(cut.group, part);
   cut.group.all_reduce(part).wait();
   return part;
@@ -38,17 +39,19 @@ struct RowGradients {
   Tensor grad_BTD;   // of the result, all tokens
   Tensor input_BTO;  // undefined unless wanted
 };
-RowGradients row_gradients(const TensorCut& cut, const Tensor& grad, const Tensor& weight,
-                           bool wants_input) {
+RowGradients row_gradients(const TensorCut& cut, const Tensor& grad,
+                           const nn::Projection& projection, bool wants_input) {
+  const auto of_input = [&](const Tensor& of_result) {
+    return ops::linear_input_gradient(of_result, projection, cut.linear);
+  };
   if (!cut.overlap) {
     const Tensor all = cut.sequence ? gather_sequence(cut.group, grad) : grad;
-    return {all, wants_input ? ops::linear_input_gradient(all, weight) : Tensor()};
+    return {all, wants_input ? of_input(all) : Tensor()};
   }
   RowGradients all;
   ring_gather(cut.group, grad, [&](int rank, const Tensor& part) {
     put_part(all.grad_BTD, part, rank, cut.group.size());
-    if (wants_input)
-      put_part(all.input_BTO, ops::linear_input_gradient(part, weight), rank, cut.group.size());
+    if (wants_input) put_part(all.input_BTO, of_input(part), rank, cut.group.size());
   });
   return all;
 }
@@ -66,9 +69,9 @@ Tensor row_linear(const TensorCut& cut, const Tensor& y, const nn::Projection& p
        [cut, projection, wants_input_gradient](const ops::Tensors& saved,
                                                ops::Tensors& grads) -> ops::Tensors {
          at::NoGradGuard no_grad;
-         const auto all = row_gradients(cut, grads[0], projection.weight(), wants_input_gradient);
+         const auto all = row_gradients(cut, grads[0], projection, wants_input_gradient);
          if (projection.trainable())
-           ops::linear_weight_gradient(projection, all.grad_BTD, saved[0], false);
+           ops::linear_weight_gradient(projection, all.grad_BTD, saved[0], false, cut.linear);
          return {all.input_BTO};
        }});
   return ops::add_bias(sum, projection);

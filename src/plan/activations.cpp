@@ -14,9 +14,6 @@ namespace {
 
 using Part = ActivationTerm::Part;
 
-// Phases of the backward of a layer.
-enum Phase { kDownWeight, kDownInput, kActivation, kGateUp, kAttention, kQkv };
-
 struct Widths {
   int64_t hidden, ffn, query, key_value, heads, vocab, head_size;
 };
@@ -243,7 +240,10 @@ int64_t sum_of(const std::vector<ActivationTerm>& terms, Part part) {
   return sum;
 }
 
-int64_t largest_phase(const std::vector<ActivationTerm>& terms, Part part, Part besides) {
+}  // namespace
+
+int64_t largest_phase(const std::vector<ActivationTerm>& terms, ActivationTerm::Part part,
+                      ActivationTerm::Part besides) {
   std::map<int, int64_t> phases;
   for (const ActivationTerm& term : terms)
     if (term.part == part || term.part == besides) phases[term.phase] += term.bytes;
@@ -251,8 +251,6 @@ int64_t largest_phase(const std::vector<ActivationTerm>& terms, Part part, Part 
   for (const auto& [phase, bytes] : phases) largest = std::max(largest, bytes);
   return largest;
 }
-
-}  // namespace
 
 int64_t allocation_bytes(int64_t bytes) {
   if (bytes <= 0) return 0;

@@ -8,6 +8,7 @@
 #include "capstan/base/bytes.h"
 #include "capstan/base/text.h"
 #include "capstan/plan/experts.h"
+#include "capstan/plan/fp8.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
 #include "capstan/plan/plan.h"
@@ -96,8 +97,9 @@ std::string describe_run(const Plan& plan) {
   text +=
       row("precision",
           fmt::format(
-              "compute {}, residual {}, master {}, gradients {}{}{}", name_of(p.compute),
-              name_of(p.residual), name_of(p.master), name_of(p.gradients),
+              "compute {}{}, residual {}, master {}, gradients {}{}{}", name_of(p.compute),
+              uses_fp8(plan.resolved) ? ", linear layers fp8" : "", name_of(p.residual),
+              name_of(p.master), name_of(p.gradients),
               p.reduction == p.gradients ? "" : fmt::format(" summed in {}", name_of(p.reduction)),
               p.dynamic_loss_scale ? ", dynamic loss scale" : ""));
   return text;

@@ -164,6 +164,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   if (draft.problems.empty()) check_wide(draft, shape);
   if (draft.problems.empty()) check_row_blocks(draft, shape);
   plan.precision = resolve_precision(draft);
+  if (draft.problems.empty()) check_fp8(draft, shape);
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);
   if (batch && draft.problems.empty()) check_schedule_fits(draft, *batch);

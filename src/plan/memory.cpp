@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/fp8.h"
+#include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
 #include "plan/resolve_internal.h"
@@ -91,7 +93,9 @@ std::string list_categories(const MemoryReport& m) {
 
 ActivationBytes activation_bytes_of(const Plan& plan) {
   const ModelShape shape = local_shape(plan);
-  return find_family(shape.family).activation_bytes(shape, activation_query(plan));
+  ActivationBytes bytes = find_family(shape.family).activation_bytes(shape, activation_query(plan));
+  add_fp8_work(bytes, plan);
+  return bytes;
 }
 
 MemoryReport report_memory(const Plan& plan, int rank) {
@@ -99,6 +103,7 @@ MemoryReport report_memory(const Plan& plan, int rank) {
   MemoryReport memory;
   memory.rank = rank;
   add_storage(memory, plan, layout);
+  memory.parameters += fp8_kept_bytes(plan, layout);
   const StepMoment peak = find_peak(plan, layout, plan.grid.coord(rank).pp);
   memory.parameters += peak.values;
   memory.gradients += peak.gradients;

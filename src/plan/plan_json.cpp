@@ -215,6 +215,7 @@ std::string plan_json(const Plan& plan) {
   json["model"] = model_json(plan);
   json["parameters"] = parameters_json(plan);
   json["precision"] = precision_json(plan.precision);
+  json["precision"]["fp8"] = plan.resolved.precision.fp8.scaling;
   json["batch"] = batch_json(plan.batch);
   json["run"] = run_json(plan.batch);
   json["flops"] = flops_json(plan);

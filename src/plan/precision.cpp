@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include "capstan/plan/fp8.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -50,6 +51,10 @@ DType reduction_dtype(Draft& draft, const PrecisionPlan& plan) {
 
 PrecisionPlan resolve_precision(Draft& draft) {
   recipe::Precision& precision = draft.recipe.precision;
+  if (precision.compute == "auto" && uses_fp8(draft.recipe)) {
+    precision.compute = "bf16";
+    draft.choose("precision.compute", "bf16", "the rest of a run in fp8");
+  }
   if (precision.compute == "auto") {
     precision.compute = draft.topology.fast_bf16 ? "bf16" : "fp32";
     draft.choose("precision.compute", precision.compute,

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/fp8.h"
 #include "capstan/plan/passes.h"
 #include "plan/memory_internal.h"
 #include "plan/resolve_internal.h"
@@ -269,7 +270,7 @@ class StepWalk {
   void backward_weights(int chunk) {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
     for (const int block : blocks) collect(block);
-    visit(gathered_input_);
+    visit(gathered_input_ + fp8_work_bytes(plan_));
     for (const int block : blocks) saved_ -= put_off(chunk, block);
     for (size_t i = 0; i < blocks.size(); ++i) pass_done();
   }

@@ -139,6 +139,13 @@ void check_switches(RuleContext& c) {
     check_unused(c, "lr_schedule.min_ratio", r.lr_schedule.kind != "constant",
                  "a constant schedule does not fall");
   }
+  if (c.has({"precision.fp8.scaling"})) {
+    const std::string& scaling = r.precision.fp8.scaling;
+    check_unused(c, "precision.fp8.gradients", scaling != "none",
+                 "precision.fp8.scaling is none, so nothing is multiplied in fp8");
+    check_unused(c, "precision.fp8.history", scaling == "delayed",
+                 "only precision.fp8.scaling delayed looks back");
+  }
   if (c.has({"data.validation"})) {
     const bool evaluates = !r.data.validation.empty();
     check_unused(c, "eval.interval_steps", evaluates, "data.validation is empty");
@@ -204,7 +211,8 @@ std::vector<Rule> run_rules() {
        "`optimizer.eps` with lion, `metrics.trace.steps` without first_step, "
        "`lr_schedule.min_ratio` with constant, `eval.*` "
        "without "
-       "`data.validation`.",
+       "`data.validation`, `precision.fp8.gradients` without fp8, `precision.fp8.history` without "
+       "delayed scaling.",
        check_switches},
       {"`checkpoint.keep_every_steps` is a multiple of `checkpoint.interval_steps`.", check_kept},
       {"`metrics.trace.first_step` lies within `run.steps`.", check_trace},

@@ -246,6 +246,17 @@ void add_precision_keys(std::vector<Key>& t) {
                   "Parameters whose values stay in the master's type, and whose ops work in it: "
                   "patterns over their names as for model.frozen."));
   t.push_back(
+      KEY(precision.fp8.scaling,
+          "Products of the linear layers in fp8: none, or what has a scale of its own: a "
+          "tensor, a row; delayed = a tensor, by the maxima of earlier steps. Emulated, and "
+          "slow, on cpu.")
+          .choice());
+  t.push_back(
+      KEY(precision.fp8.gradients, "Format of gradients in them; the rest is e4m3.").choice());
+  t.push_back(KEY(precision.fp8.history, "Delayed scaling: steps the maximum is taken over.")
+                  .range(1, 4096)
+                  .unit("steps"));
+  t.push_back(
       KEY(precision.loss_scale, "fp16 only: a fixed scale, or dynamic.").word("dynamic").above(0));
 }
 

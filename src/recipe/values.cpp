@@ -27,6 +27,8 @@ std::vector<ChoiceKey>& table_of_choices() {
       {"precision.master", {"fp32", "fp64"}, {}},
       {"precision.gradients", {"fp32", "fp64"}, {}},
       {"precision.reduction", {"auto", "bf16", "fp16", "fp32", "fp64"}, {}},
+      {"precision.fp8.scaling", {"none", "tensor", "row", "delayed"}, {}},
+      {"precision.fp8.gradients", {"e5m2", "e4m3"}, {}},
       {"parallel.pipeline.schedule", {"gpipe", "1f1b", "interleaved", "zero_bubble"}, {}},
       {"parallel.context.method", {"ring", "all_to_all"}, {}},
       {"parallel.zero.reduce", {"auto", "step", "micro_batch"}, {}},

@@ -287,13 +287,17 @@ class Reducer {
     if (whole_.precision.reduction != whole_.precision.gradients)
       note("precision.reduction", r_.precision.reduction, "fp64",
            "rounding is no part of a layout");
+    if (r_.precision.fp8.scaling != "none")
+      note("precision.fp8.scaling", r_.precision.fp8.scaling, "none",
+           "rounding is no part of a layout");
     r_.precision = {.compute = "fp64",
                     .residual = "fp64",
                     .master = "fp64",
                     .gradients = "fp64",
                     .reduction = "auto",
                     .keep_fp32 = std::move(r_.precision.keep_fp32),
-                    .loss_scale = {}};
+                    .loss_scale = {},
+                    .fp8 = {}};
     note("precision.compute", whole_.resolved.precision.compute, "fp64", "a proof, not a sample");
     note("optimizer.moments", r_.optimizer.moments, "auto", "rounding is no part of a layout");
     r_.optimizer.moments = "auto";

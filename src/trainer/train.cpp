@@ -15,6 +15,7 @@
 #include "capstan/device/accelerator.h"
 #include "capstan/device/threads.h"
 #include "capstan/launch/run_folder.h"
+#include "capstan/plan/fp8.h"
 #include "capstan/text/tokenizer.h"
 #include "capstan/trainer/run_directory.h"
 #include "trainer/loop.h"
@@ -162,6 +163,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
       recipe, plan::local_topology(world.size(), options.local_size, recipe.recipe.run.device),
       {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
   prepare_device(plan.resolved.run);
+  plan::check_fp8_gpus(plan.resolved, probe_gpus().gpus);
   const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));
   if (point) check_same_run(*point, plan.resolved, loader.fingerprint(), options.allow_change);

@@ -11,10 +11,12 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <vector>
 
 #include "capstan/comm/communicator.h"
 #include "capstan/nn/seams.h"
+#include "capstan/ops/fp8_linear.h"
 
 namespace capstan::parallel {
 
@@ -30,6 +32,8 @@ struct ParallelSeamsOptions {
   bool overlap_chunks = false;
   comm::Communicator expert;  // ep axis
   comm::Communicator rows;    // cp x tp; needed by models with experts
+  // Column and row layers multiply in fp8, except in Mode::kDecode.
+  std::shared_ptr<ops::Fp8Linear> fp8;
 };
 
 // How the tensor axis cuts one pass.
@@ -37,6 +41,7 @@ struct TensorCut {
   comm::Communicator group;
   bool sequence = false;  // tokens are cut over it outside of column and row layers
   bool overlap = false;
+  ops::LinearMode linear;
 };
 
 // Belongs to one rank; copies of the communicators keep their groups alive.
@@ -66,6 +71,7 @@ class ParallelSeams : public nn::Seams {
 
  private:
   [[nodiscard]] TensorCut cut(const nn::Context& context) const;
+  [[nodiscard]] ops::LinearMode linear(const nn::Context& context) const;
   [[nodiscard]] bool splits_rows(const nn::Context& context) const;
 
   ParallelSeamsOptions options_;

@@ -9,6 +9,7 @@
 
 #include "capstan/mesh/mesh.h"
 #include "capstan/nn/model.h"
+#include "capstan/ops/fp8_linear.h"
 #include "capstan/parallel/activation_offload.h"
 #include "capstan/parallel/expert_balance.h"
 #include "capstan/parallel/flat_store.h"
@@ -35,6 +36,7 @@ struct ParallelModel {
   std::string name;  // in Plan::models
   std::vector<Chunk> chunks;
   PipelineLinks links;
+  std::shared_ptr<ops::Fp8Linear> fp8;  // of its linear layers, where the recipe wants it
   std::unique_ptr<nn::Seams> seams;
   bool recompute_blocks = false;  // a layer keeps its input and runs again in the backward
   std::unique_ptr<ActivationOffload> activation_offload;  // where the recipe wants it

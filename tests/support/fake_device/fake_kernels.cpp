@@ -80,6 +80,13 @@ Api make_api() {
       launch<SN, squared_norm, &SN::values, &SN::tiles, &SN::partial, &SN::sum, &SN::non_finite>;
   api.decide_step = launch<DecideStepArgs, decide_step, &DecideStepArgs::sum,
                            &DecideStepArgs::non_finite, &DecideStepArgs::state>;
+  api.amax = launch<AmaxArgs, amax, &AmaxArgs::values, &AmaxArgs::amax>;
+  api.fp8_scale = launch<Fp8ScaleArgs, fp8_scale, &Fp8ScaleArgs::amax, &Fp8ScaleArgs::scale,
+                         &Fp8ScaleArgs::inverse_scale>;
+  api.cast_fp8 = launch<CastFp8Args, cast_fp8, &CastFp8Args::x, &CastFp8Args::scale,
+                        &CastFp8Args::out, &CastFp8Args::transposed, &CastFp8Args::amax>;
+  api.cast_rows_fp8 = launch<CastRowsFp8Args, cast_rows_fp8, &CastRowsFp8Args::x,
+                             &CastRowsFp8Args::out, &CastRowsFp8Args::inverse_scale>;
   api.fill_normal = launch<FillNormalArgs, fill_normal, &FillNormalArgs::out>;
   return api;
 }

@@ -9,6 +9,7 @@
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
@@ -154,6 +155,46 @@ int64_t sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&,
   return kMath;
 }
 
+// What CUDA asks of the factors of an fp8 product (Blas.cpp): rows of the first and columns of the
+// second lie together, sides are multiples of 16, one of them is e4m3, scales are one number each
+// or one per row and column; those give bf16.
+void check_scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                     const at::Tensor& scale_b, const at::Tensor& out) {
+  constexpr int64_t kSide = 16;
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.stride(1) == 1 &&
+                  b.stride(0) == 1 && a.stride(0) >= a.size(1) && b.stride(1) >= b.size(0),
+              "_scaled_mm: the first factor by rows, the second by columns");
+  TORCH_CHECK(a.size(1) % kSide == 0 && b.size(1) % kSide == 0, "_scaled_mm: sides of ", a.sizes(),
+              " and ", b.sizes());
+  TORCH_CHECK(
+      a.element_size() == 1 && b.element_size() == 1 && b.scalar_type() == at::kFloat8_e4m3fn,
+      "_scaled_mm: factors of ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK(scale_a.scalar_type() == at::kFloat && scale_b.scalar_type() == at::kFloat,
+              "_scaled_mm: scales are fp32");
+  const bool by_tensor = scale_a.numel() == 1 && scale_b.numel() == 1;
+  const bool by_row = scale_a.sizes() == at::IntArrayRef({a.size(0), 1}) &&
+                      scale_b.sizes() == at::IntArrayRef({1, b.size(1)}) &&
+                      scale_a.is_contiguous() && scale_b.is_contiguous();
+  TORCH_CHECK(by_tensor || by_row, "_scaled_mm: scales of ", scale_a.sizes(), " and ",
+              scale_b.sizes());
+  TORCH_CHECK(by_tensor || out.scalar_type() == at::kBFloat16, "_scaled_mm: by rows gives bf16");
+}
+
+// Summed in fp64 and rounded once.
+at::Tensor& scaled_mm_out(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
+                          const at::Tensor& scale_b, const std::optional<at::Tensor>& bias,
+                          const std::optional<at::Tensor>& scale_result, Dtype out_dtype, bool,
+                          at::Tensor& out) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  TORCH_CHECK(!bias && !scale_result && out_dtype == out.scalar_type(), "_scaled_mm: not imitated");
+  check_scaled_mm(a, b, scale_a, scale_b, out);
+  const Access now = begin_op("_scaled_mm");
+  note({{a, false}, {b, false}, {scale_a, false}, {scale_b, false}, {out, true}}, now);
+  const auto wide = [](const at::Tensor& x) { return host_view(x).to(at::kDouble); };
+  host_view(out).copy_(at::mm(wide(a) * wide(scale_a), wide(b) * wide(scale_b)));
+  return out;
+}
+
 bool has_kernel(const c10::OperatorName& name, c10::DispatchKey key) {
   const auto op = c10::Dispatcher::singleton().findOp(name);
   return op && op->hasSchema() && op->hasKernelForDispatchKey(key);
@@ -194,6 +235,7 @@ void register_ops() {
   aten.impl("set_.source_Storage_storage_offset", &set_strided);
   aten.impl("record_stream", &record_stream);
   aten.impl("_fused_sdp_choice", &sdp_choice);
+  aten.impl("_scaled_mm.out", &scaled_mm_out);
   prefer_kernels(aten);
 }
 

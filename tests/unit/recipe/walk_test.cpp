@@ -59,6 +59,8 @@ const std::map<std::string, Overrides> kTied = {
     {"precision.gradients", {"precision.compute=fp64", "precision.gradients=fp64"}},
     {"precision.keep_fp32", {"precision.keep_fp32=['*norm*']"}},
     {"precision.residual", {"precision.residual=fp32"}},
+    {"precision.fp8.gradients", {"precision.fp8.scaling=row", "precision.fp8.gradients=e4m3"}},
+    {"precision.fp8.history", {"precision.fp8.scaling=delayed", "precision.fp8.history=8"}},
     {"precision.loss_scale", {"precision.compute=fp16", "precision.loss_scale=1024"}},
     {"checkpoint.keep_every_steps",
      {"checkpoint.interval_steps=2", "checkpoint.keep_every_steps=4"}},

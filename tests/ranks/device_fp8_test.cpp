@@ -1,0 +1,118 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers in fp8 on the fake device against their emulation on the CPU.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <map>
+#include <string>
+
+#include "capstan/device/accelerator.h"
+#include "capstan/ops/device_kernels.h"
+#include "capstan/ops/fp8.h"
+#include "ranks/engine_fixture.h"
+#include "support/fake_device/fake_device.h"
+#include "support/fake_device/fake_kernels.h"
+#include "support/run_ranks.h"
+
+namespace capstan::engine {
+namespace {
+
+using testing::make_batches;
+using testing::TinyResult;
+using testing::TinyRun;
+using testing::train;
+
+constexpr const char* kScalings[] = {"tensor", "row", "delayed"};
+TinyRun fp8_run(const std::string& scaling) {
+  return {.overrides = {"precision.compute=bf16", "model.hidden_size=32",
+                        "model.intermediate_size=48", "model.head_dim=16",
+                        "batch.sequence_length=16", "precision.fp8.scaling=" + scaling}};
+}
+
+// LibTorch starts a thread per device for its backward at the first one of the process, which was
+// on the CPU: ranks do theirs on their own thread.
+testing::TinyHooks on_own_thread() {
+  return {.hooks =
+              [](int) {
+                thread_local const test::BackwardOnThisThread here;
+                return EngineHooks{};
+              },
+          .objective = {}};
+}
+
+// What the CPU gives, before there is a device: a process has one.
+class OnTheCpu : public ::testing::Environment {
+ public:
+  static std::map<std::string, TinyResult>& fp8() {
+    static std::map<std::string, TinyResult> of_scaling;
+    return of_scaling;
+  }
+  void SetUp() override {
+    for (const char* scaling : kScalings) fp8()[scaling] = train(fp8_run(scaling));
+    test::install_fake_device();
+  }
+};
+const auto* const on_the_cpu = ::testing::AddGlobalTestEnvironment(new OnTheCpu);
+
+// Linear layers in fp8 by our kernels and _scaled_mm, and by the casts of ATen.
+TEST(Device, Fp8_StaysCloseToTheCpu) {
+  for (const char* scaling : kScalings)
+    for (const bool by_kernels : {true, false}) {
+      if (by_kernels) ops::install_device_kernels(&test::fake_kernels());
+      const TinyResult got = train(fp8_run(scaling), on_own_thread());
+      ops::install_device_kernels(nullptr);
+      const TinyResult& expected = OnTheCpu::fp8().at(scaling);
+      for (size_t i = 0; i < got.reports.size(); ++i) {
+        EXPECT_NEAR(got.reports[i].loss / expected.reports[i].loss, 1, 1e-2) << scaling;
+        EXPECT_NEAR(got.reports[i].grad_norm / expected.reports[i].grad_norm, 1, 0.1) << scaling;
+      }
+    }
+}
+
+// The emulation on the CPU and the kernels give the same bits; so does the transposed cast.
+TEST(Device, Fp8Casts_AreTheEmulations) {
+  ops::install_device_kernels(&test::fake_kernels());
+  at::manual_seed(3);
+  for (const auto type : {at::kFloat, at::kBFloat16})
+    for (const auto format : {ops::Fp8Format::kE4m3, ops::Fp8Format::kE5m2}) {
+      Tensor x = (at::randn({48, 80}) * at::exp(at::randn({48, 1}) * 4)).to(type);
+      x[5].zero_();
+      x[7][3] = std::nanf("");
+      const Tensor there = x.to(device::run_device());
+      const Tensor top = ops::largest_size(x), top_there = ops::largest_size(there);
+      EXPECT_TRUE(at::equal(top_there.cpu(), top));
+      const auto same = [](const ops::Fp8Matrix& a, const ops::Fp8Matrix& b) {
+        return at::equal(a.values_MK.view(at::kByte).cpu(), b.values_MK.view(at::kByte)) &&
+               at::equal(a.inverse_scale.cpu(), b.inverse_scale);
+      };
+      for (const bool transposed : {false, true})
+        EXPECT_TRUE(same(ops::quantise(there, format, top_there, {.transposed = transposed}),
+                         ops::quantise(x, format, top, {.transposed = transposed})));
+      EXPECT_TRUE(same(ops::quantise_rows(there, format), ops::quantise_rows(x, format)));
+    }
+  ops::install_device_kernels(nullptr);
+}
+
+TEST(Device, Fp8_LeavesTheHostAlone) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const char* scaling : kScalings)
+    testing::with_engines(
+        fp8_run(scaling),
+        [&](int rank, Engine& engine) {
+          const auto objective = make_next_token_objective();
+          (void)engine.step(make_batches(engine.plan(), rank, 0), *objective);
+          const int64_t before = test::host_syncs();
+          (void)engine.step(make_batches(engine.plan(), rank, 1), *objective);
+          const int64_t waits = test::host_syncs() - before;
+          EXPECT_EQ(engine.reports_late(), scaling != kScalings[2]);
+          EXPECT_LE(waits, engine.reports_late() ? 0 : 2)
+              << scaling << ": " << test::last_host_syncs(waits);
+        },
+        on_own_thread());
+  ops::install_device_kernels(nullptr);
+}
+
+}  // namespace
+}  // namespace capstan::engine
