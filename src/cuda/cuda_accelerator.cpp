@@ -106,6 +106,26 @@ void CudaAccelerator::synchronize(device::Event event) {
   check(cudaEventSynchronize(raw(event)), "cudaEventSynchronize");
 }
 
+// LibTorch gives the graph a memory pool of its own. Calls of other threads (a prefetch that
+// allocates pinned memory) do not disturb the capture.
+void CudaAccelerator::begin_capture() {
+  capturing_ = std::make_unique<at::cuda::CUDAGraph>();
+  capturing_->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+}
+
+device::Graph CudaAccelerator::end_capture() {
+  capturing_->capture_end();
+  return {capturing_.release()};
+}
+
+void CudaAccelerator::launch(device::Graph graph) {
+  static_cast<at::cuda::CUDAGraph*>(graph.handle)->replay();
+}
+
+void CudaAccelerator::destroy(device::Graph graph) {
+  delete static_cast<at::cuda::CUDAGraph*>(graph.handle);
+}
+
 void CudaAccelerator::keep_for(const at::Tensor& tensor, device::Stream stream) {
   c10::cuda::CUDACachingAllocator::recordStream(tensor.storage().data_ptr(),
                                                 wrapped(stream, index_));

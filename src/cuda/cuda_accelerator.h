@@ -3,6 +3,10 @@
 // device::Accelerator over the CUDA runtime and LibTorch's streams and caching allocator. A
 // device::Stream's handle is a cudaStream_t, an Event's a cudaEvent_t.
 #pragma once
+#include <ATen/cuda/CUDAGraph.h>
+
+#include <memory>
+
 #include "capstan/device/accelerator.h"
 
 namespace capstan::cuda {
@@ -27,6 +31,11 @@ class CudaAccelerator final : public device::Accelerator {
   [[nodiscard]] bool is_done(device::Event event) const override;
   void synchronize(device::Event event) override;
 
+  void begin_capture() override;
+  [[nodiscard]] device::Graph end_capture() override;
+  void launch(device::Graph graph) override;
+  void destroy(device::Graph graph) override;
+
   void keep_for(const at::Tensor& tensor, device::Stream stream) override;
   [[nodiscard]] at::Tensor empty_pinned(at::IntArrayRef sizes, at::ScalarType dtype) override;
   [[nodiscard]] device::DeviceMemory memory() const override;
@@ -34,6 +43,7 @@ class CudaAccelerator final : public device::Accelerator {
 
  private:
   c10::DeviceIndex index_ = 0;
+  std::unique_ptr<at::cuda::CUDAGraph> capturing_;
 };
 
 }  // namespace capstan::cuda

@@ -3,6 +3,7 @@
 #include "capstan/device/accelerator.h"
 
 #include <atomic>
+#include <cstdlib>
 
 #include "capstan/base/check.h"
 
@@ -11,7 +12,17 @@ namespace {
 
 std::atomic<Accelerator*> installed = nullptr;
 
+[[noreturn]] void refuse_graphs(const Accelerator& accelerator) {
+  CAPSTAN_CHECK(false, "{} has no graphs", accelerator.name());
+  std::abort();
+}
+
 }  // namespace
+
+void Accelerator::begin_capture() { refuse_graphs(*this); }
+Graph Accelerator::end_capture() { refuse_graphs(*this); }
+void Accelerator::launch(Graph) { refuse_graphs(*this); }
+void Accelerator::destroy(Graph) { refuse_graphs(*this); }
 
 Accelerator* accelerator() { return installed.load(std::memory_order_acquire); }
 

@@ -36,19 +36,22 @@ DeviceDecision::~DeviceDecision() {
   for (const device::Event event : events_) accelerator_.destroy(event);
 }
 
-void DeviceDecision::decide(const Part& part, const comm::Communicator& world) {
+void DeviceDecision::open_step(int64_t target_tokens, double lr) {
+  target_tokens_ = target_tokens;
+  step_.set_step(lr, target_tokens == 0);
+}
+
+void DeviceDecision::decide(const Tensor& loss, bool counts_loss, const comm::Communicator& world) {
   const at::NoGradGuard no_grad;
   const Tensor sums = values_.narrow(0, 0, DeviceSums::kCount);
   sums.zero_();
-  if (part.loss.defined()) {
-    if (part.counts_loss) sums[DeviceSums::kLoss].copy_(part.loss);
-    sums[DeviceSums::kNonFiniteLoss].copy_(part.loss.isfinite().logical_not());
+  if (loss.defined()) {
+    if (counts_loss) sums[DeviceSums::kLoss].copy_(loss);
+    sums[DeviceSums::kNonFiniteLoss].copy_(loss.isfinite().logical_not());
   }
   step_.sum_squares(sums);
   if (world.size() > 1) world.all_reduce(sums).wait();
-  step_.set_lr(part.lr);
-  step_.decide(sums, part.target_tokens == 0);
-  target_tokens_ = part.target_tokens;
+  step_.decide(sums);
 }
 
 void DeviceDecision::send_outcome() {

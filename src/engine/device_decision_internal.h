@@ -25,15 +25,11 @@ class DeviceDecision {
   DeviceDecision(const DeviceDecision&) = delete;
   DeviceDecision& operator=(const DeviceDecision&) = delete;
 
-  // What this rank brings to the sums of a step.
-  struct Part {
-    Tensor loss;  // fp64, 0-d, on the device; undefined without the last stage
-    bool counts_loss = true;
-    int64_t target_tokens = 0;  // all ranks
-    double lr = 0;
-  };
-  // Queues sums and decision; the optimizer may read numbers() behind them. Collective over: world.
-  void decide(const Part& part, const comm::Communicator& world);
+  // What the host knows of a step before it is run, on its way to the device.
+  void open_step(int64_t target_tokens, double lr);
+  // Queues sums and decision; the optimizer may read numbers() behind them. loss: this rank's part,
+  // fp64, 0-d, on the device; undefined without the last stage. Collective over: world.
+  void decide(const Tensor& loss, bool counts_loss, const comm::Communicator& world);
   [[nodiscard]] const optim::StepNumbers& numbers() const { return step_.numbers(); }
   // Queues the copy of the outcome, behind everything of the step.
   void send_outcome();

@@ -24,6 +24,7 @@
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
 #include "engine/step_control_internal.h"
+#include "engine/step_graph_internal.h"
 
 namespace capstan::engine {
 namespace {
@@ -36,6 +37,15 @@ parallel::BucketHooks bucket_hooks(const EngineHooks& hooks) {
   out.before_reduce = hooks.before_reduce;
   out.after_reduce = hooks.after_reduce;
   return out;
+}
+
+[[noreturn]] void refuse_graph(std::string got) {
+  throw ConfigError(ErrorText{.module = "engine",
+                              .what = "recording a step as a graph",
+                              .got = std::move(got),
+                              .need = "work that is the same in every step",
+                              .why = "a graph repeats what was recorded",
+                              .fix = "Set run.graphs: false"});
 }
 
 // Weights without gradients and moments.
@@ -77,6 +87,10 @@ struct Engine::Impl {
   void choose_who_decides() {
     const std::string reason = reason_to_wait(plan, *optimizer);
     if (reason.empty()) on_device.emplace(shards, plan, *device::accelerator());
+    if (plan.resolved.run.graphs) {
+      if (!reason.empty()) refuse_graph("a step that the host decides: " + reason);
+      graph.emplace(*device::accelerator());
+    }
     if (mesh.rank() != 0) return;
     if (reason.empty())
       log::info("engine", "steps are decided on the device, their reports come one step late");
@@ -175,16 +189,43 @@ struct Engine::Impl {
   }
 
   // Nothing is read: a skipped step changes no weight, so publishing it does no harm.
-  void close_on_device(const Tensor& loss, int64_t target_tokens) {
-    const trace::Span span("optimizer", "update");
-    on_device->decide({.loss = loss,
-                       .counts_loss = mesh.coord().tp == 0,
-                       .target_tokens = target_tokens,
-                       .lr = control.lr(static_cast<int64_t>(on_device->pending()))},
-                      world);
-    optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
+  void step_on_device(const StepWork& work, int64_t target_tokens) {
+    on_device->open_step(target_tokens, control.lr(static_cast<int64_t>(on_device->pending())));
+    if (graph) {
+      step_by_graph(work);
+    } else {
+      Tensor loss;
+      run_passes(work, loss);
+      update_on_device(loss);
+    }
     for (const size_t s : shard_stores) model.stores[s]->publish();
     on_device->send_outcome();
+  }
+
+  void run_passes(const StepWork& work, Tensor& loss) {
+    executor.run(work, [&](const Tensor& made) {
+      model.buckets->finish_step();
+      loss = made;
+    });
+  }
+
+  void update_on_device(const Tensor& loss) {
+    const trace::Span span("optimizer", "update");
+    on_device->decide(loss, mesh.coord().tp == 0, world);
+    optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
+  }
+
+  void step_by_graph(StepWork work) {
+    std::vector<Tensor> weights;
+    for (const MicroBatch& batch : *work.batches) {
+      weights.push_back(executor.scaled_weights(work, batch));
+      if (!weights.back().defined()) refuse_graph("an objective without token weights");
+    }
+    graph->load(*work.batches, weights);
+    work.batches = &graph->batches();
+    work.weights = &graph->weights();
+    graph->passes.run([&] { run_passes(work, graph->loss); });
+    graph->update.run([&] { update_on_device(graph->loss); });
   }
 
   [[nodiscard]] StepReport next_report() {
@@ -209,6 +250,7 @@ struct Engine::Impl {
   std::vector<size_t> shard_stores;     // their stores
   std::unique_ptr<optim::Optimizer> optimizer;
   std::optional<DeviceDecision> on_device;  // where the host does not wait for it
+  std::optional<StepGraph> graph;           // run.graphs
   std::deque<StepReport> reports;           // of finished steps, not handed out yet
   EvalReport eval;
 };
@@ -234,12 +276,13 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   c[0] = objective.local_denominator(batches);
   c[1] = static_cast<double>(count_targets(batches));
   e.data.all_reduce(counts).wait();
+  const auto target_tokens = static_cast<int64_t>(c[1]);
   const auto on_device = to_device(batches, e.device);
   const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
+  if (e.on_device) return e.step_on_device(work, target_tokens);
   e.executor.run(work, [&](const Tensor& loss) {
     e.model.buckets->finish_step();
-    const auto target_tokens = static_cast<int64_t>(c[1]);
-    e.on_device ? e.close_on_device(loss, target_tokens) : e.close_step(loss, target_tokens);
+    e.close_step(loss, target_tokens);
   });
 }
 

@@ -247,18 +247,22 @@ nn::BlockIO Executor::forward_block(int block, const param::Context& context, co
   return made;
 }
 
+Tensor Executor::scaled_weights(const StepWork& work, const MicroBatch& batch) const {
+  const Tensor weights_BT = work.objective->weights(batch, work.denominator);
+  if (!weights_BT.defined()) return {};
+  const auto type = plan_.precision.compute == DType::kFp64 ? at::kDouble : at::kFloat;
+  return weights_BT.mul(work.loss_scale).to(type);
+}
+
 void Executor::score(const param::Context& context, const nn::BlockIO& in, InFlight& flight,
                      const StepWork& work, const MicroBatch& batch) {
   const trace::Span span("compute", "score");
   nn::ScoreRequest request;
-  const Tensor weights_BT = work.objective->weights(batch, work.denominator);
-  if (weights_BT.defined()) {
-    const auto type = plan_.precision.compute == DType::kFp64 ? at::kDouble : at::kFloat;
-    request.weights_BT = weights_BT.mul(work.loss_scale).to(type);
-  }
+  request.weights_BT = work.weights ? work.weights->at(static_cast<size_t>(context.micro_batch))
+                                    : scaled_weights(work, batch);
   const auto scores =
       model_.model.head->score(context, *model_.seams, in, batch.targets_BT, request);
-  if (weights_BT.defined()) {
+  if (request.weights_BT.defined()) {
     flight.loss = scores.weighted_loss;
     add_loss(flight.loss.detach().to(at::kDouble) / work.loss_scale);
     return;

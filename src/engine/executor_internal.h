@@ -22,6 +22,8 @@ struct StepWork {
   const Objective* objective = nullptr;
   double denominator = 1;  // over all ranks
   double loss_scale = 1;
+  // Of each micro-batch, as scaled_weights() makes them; null: the objective is asked.
+  const std::vector<Tensor>* weights = nullptr;
 };
 
 class Executor {
@@ -34,6 +36,9 @@ class Executor {
   // sums are issued, finish is called with this rank's part of the step's loss, without loss scale:
   // fp64, 0-d, undefined on ranks without the last stage.
   void run(const StepWork& work, const std::function<void(const Tensor& loss)>& finish);
+
+  // Weights of the tokens as the head reads them [B, T]; undefined where the objective has none.
+  [[nodiscard]] Tensor scaled_weights(const StepWork& work, const MicroBatch& batch) const;
 
   // Without graph, through all stages. Results are undefined on ranks without the last stage.
   // Collective over: pp (and the axes of the seams).

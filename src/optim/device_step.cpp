@@ -61,7 +61,8 @@ DeviceStep::DeviceStep(const std::vector<parallel::Shard>& shards, at::Device de
     : shards_(shards),
       options_(options),
       numbers_(make_step_numbers(device)),
-      non_finite_(at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt))) {
+      non_finite_(at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt))),
+      void_(at::zeros({}, at::TensorOptions().device(device).dtype(at::kDouble))) {
   if (ops::device_kernels()) cut_tiles(shards);
 }
 
@@ -80,10 +81,12 @@ void DeviceStep::cut_tiles(const std::vector<parallel::Shard>& shards) {
   partial_ = at::empty({most}, non_finite_.options().dtype(at::kDouble));
 }
 
-void DeviceStep::set_lr(double lr) {
-  const Tensor pinned = device::accelerator()->empty_pinned({}, at::kDouble);
-  *pinned.mutable_data_ptr<double>() = lr;
-  numbers_.lr.copy_(pinned, /*non_blocking=*/true);
+void DeviceStep::set_step(double lr, bool is_void) {
+  const Tensor pinned = device::accelerator()->empty_pinned({2}, at::kDouble);
+  pinned.mutable_data_ptr<double>()[0] = lr;
+  pinned.mutable_data_ptr<double>()[1] = is_void ? 1 : 0;
+  numbers_.lr.copy_(pinned[0], /*non_blocking=*/true);
+  void_.copy_(pinned[1], /*non_blocking=*/true);
 }
 
 void DeviceStep::set_count(int64_t count) {
@@ -132,11 +135,11 @@ void DeviceStep::sum_squares(const Tensor& sums) {
   flag.copy_(non_finite_[0]);
 }
 
-void DeviceStep::decide(const Tensor& sums, bool is_void) {
+void DeviceStep::decide(const Tensor& sums) {
   using S = DeviceSums;
-  const Tensor flags = sums[S::kNonFiniteLoss] + sums[S::kNonFiniteGradient];
+  const Tensor flags = sums[S::kNonFiniteLoss] + sums[S::kNonFiniteGradient] + void_;
   const Tensor broken = flags.gt(0).logical_or(sums[S::kLoss].isfinite().logical_not());
-  is_void ? non_finite_.fill_(1) : non_finite_[0].copy_(broken);
+  non_finite_[0].copy_(broken);
   const double inverse = 1.0 / options_.loss_scale;
   const Tensor squares = sums[S::kSquares];
   if (const kernels::Api* const api = ops::device_kernels()) {

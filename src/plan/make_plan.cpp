@@ -168,6 +168,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   const std::optional<BatchPlan> batch = grid ? resolve_batch(draft, *grid) : std::nullopt;
   if (batch) resolve_lr_schedule(draft, *batch);
   if (batch && draft.problems.empty()) check_schedule_fits(draft, *batch);
+  check_graphs(draft);
   throw_if_refused(draft);
 
   plan.grid = *grid;

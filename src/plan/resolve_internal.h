@@ -58,6 +58,7 @@ void check_wide(Draft& draft, const ModelShape& shape);
 // Blocks of 8-bit states lie whole on a rank.
 void check_row_blocks(Draft& draft, const ModelShape& shape);
 void check_fp8(Draft& draft, const ModelShape& shape);
+void check_graphs(Draft& draft);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);
 void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);

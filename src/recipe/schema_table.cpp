@@ -46,6 +46,10 @@ void add_run_keys(std::vector<Key>& t) {
   t.push_back(KEY(run.deterministic,
                   "cuda: the same bits twice at some cost; cpu runs always repeat "
                   "bit for bit."));
+  t.push_back(KEY(run.graphs,
+                  "cuda: steps are recorded and launched as graphs; one rank, dense "
+                  "models, no ZeRO.")
+                  .free());
   t.push_back(KEY(run.start_timeout_s, "Deadline of waits before the first finished step.")
                   .above(0)
                   .unit("s")

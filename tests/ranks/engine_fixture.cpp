@@ -89,6 +89,7 @@ plan::Plan make_tiny_plan(const TinyRun& run) {
   const auto recipe = recipe::parse_recipe(kRecipe, "tiny.yaml", run.overrides);
   plan::Plan plan = plan::make_plan(recipe, topology, {.tokenizer_vocab_size = 61});
   if (run.bucket_bytes > 0) plan.bucket_bytes = run.bucket_bytes;
+  plan.resolved.run.graphs = run.graphs;
   if (!run.frozen_blocks.empty()) {
     auto& model = plan.models.at("policy");
     model.layout = plan::Layout(model.shape, plan::freeze_blocks(model.table(), run.frozen_blocks),

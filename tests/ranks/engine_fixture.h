@@ -16,7 +16,8 @@ struct TinyRun {
   int steps = 4;
   std::vector<std::string> overrides;  // of the tiny recipe: fp64, 8 samples of 12 tokens a step
   int64_t bucket_bytes = 1;            // one bucket per buffer
-  std::vector<int> frozen_blocks;
+  std::vector<int> frozen_blocks = {};
+  bool graphs = false;  // run.graphs, on the fake device, of which the plan does not know
 };
 [[nodiscard]] plan::Plan make_tiny_plan(const TinyRun& run);
 

@@ -19,6 +19,11 @@ struct Event {
   void* handle = nullptr;
 };
 
+// Work of a stream, recorded once and launched as a whole.
+struct Graph {
+  void* handle = nullptr;
+};
+
 struct DeviceMemory {
   int64_t free_bytes = 0, total_bytes = 0;              // of the device, all processes
   int64_t allocated_bytes = 0, peak_bytes = 0;          // tensors of this process
@@ -49,6 +54,16 @@ class Accelerator {
   virtual void wait(Stream stream, Event event) = 0;          // the stream waits, not the host
   [[nodiscard]] virtual bool is_done(Event event) const = 0;  // true before the first record
   virtual void synchronize(Event event) = 0;                  // the host waits
+
+  // From begin_capture to end_capture what this thread queues on its current stream, which must not
+  // be the default one, is recorded and not run. Nothing may wait for the device or ask whether it
+  // is done. Tensors from before must stay where they are as long as the graph is launched; memory
+  // that is allocated meanwhile belongs to the graph until it is destroyed. One capture at a time.
+  // The defaults throw InternalError: an accelerator without graphs.
+  virtual void begin_capture();
+  [[nodiscard]] virtual Graph end_capture();
+  virtual void launch(Graph graph);  // on the current stream
+  virtual void destroy(Graph graph);
 
   // The tensor's memory is not given out again before work queued on `stream` so far is done.
   virtual void keep_for(const at::Tensor& tensor, Stream stream) = 0;

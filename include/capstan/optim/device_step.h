@@ -42,14 +42,15 @@ class DeviceStep {
   DeviceStep(const std::vector<parallel::Shard>& shards, at::Device device,
              const DeviceStepOptions& options);
 
-  // Numbers of the step at hand, and of the updates before it.
-  void set_lr(double lr);
+  // Numbers of the step at hand, and of the updates before it; a step that is void is skipped. The
+  // calls below read them on the device and have fixed arguments: they may be captured.
+  void set_step(double lr, bool is_void);
   void set_count(int64_t count);
   // Writes kSquares and kNonFiniteGradient of this rank into sums [4].
   void sum_squares(const Tensor& sums);
   // From sums over all ranks: norm, scale and skip; counts the step if it is not skipped. A step is
-  // skipped if anything in it is not finite, or if `is_void` says so.
-  void decide(const Tensor& sums, bool is_void);
+  // skipped if anything in it is not finite, or if it is void.
+  void decide(const Tensor& sums);
   [[nodiscard]] const StepNumbers& numbers() const { return numbers_; }
 
  private:
@@ -64,6 +65,7 @@ class DeviceStep {
   StepNumbers numbers_;
   std::vector<Tiled> tiled_;     // with our kernels
   Tensor partial_, non_finite_;  // work space of squared_norm; flag, int32 [1]
+  Tensor void_;                  // fp64 without dims, 0 or 1
 };
 
 // Squares of the counted elements and whether one of all is not finite (0 or 1), fp64 [2], by ATen.

@@ -8,6 +8,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include "capstan/base/error.h"
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_generator.h"
 #include "support/fake_device/host_tensor.h"
 #include "support/fake_device/memory.h"
@@ -46,6 +47,16 @@ class FakeAccelerator : public device::Accelerator {
   void wait(Stream stream, Event event) override { fake::wait(id(stream), *state(event)); }
   [[nodiscard]] bool is_done(Event event) const override { return poll(*state(event)); }
   void synchronize(Event event) override { fake::synchronize(*state(event)); }
+
+  void begin_capture() override {
+    TORCH_CHECK(fake::current_stream() != 0, "a capture on the default stream");
+    fake::begin_capture();
+  }
+  [[nodiscard]] device::Graph end_capture() override { return {fake::end_capture()}; }
+  void launch(device::Graph graph) override {
+    fake::launch(*static_cast<Recording*>(graph.handle));
+  }
+  void destroy(device::Graph graph) override { delete static_cast<Recording*>(graph.handle); }
 
   void keep_for(const at::Tensor& tensor, Stream stream) override {
     fake::keep_for(tensor.storage().data(), id(stream));

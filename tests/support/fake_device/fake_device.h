@@ -9,6 +9,9 @@
 //    other streams by events or host waits throws MissingWait, whatever the timing;
 //  - host memory: a non-blocking copy to pinned memory arrives when the host waits for it (NaN
 //    until then); changing the pinned source of a copy before it is done throws MissingWait.
+//  - graphs: while one is recorded ops compute as ever, so that their results have shapes, and what
+//    they wrote is taken back at the end; a launch runs them again at the same addresses and throws
+//    when memory from before the capture was freed since. A host wait during a capture throws.
 // A blocking copy, item() and ops such as nonzero wait for the current stream and count as host
 // waits; so do non-blocking copies that are none on CUDA (pageable memory, other types, gaps). All
 // thread ranks share the device and its default stream. Thread-safe.
@@ -16,6 +19,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -41,6 +45,11 @@ device::Accelerator& install_fake_device();
 // communicators and kernels that work on host_view() themselves.
 void note_access(const at::Tensor& tensor, bool is_write, const char* op);
 void note_access(const void* device_pointer, size_t bytes, bool is_write, const char* op);
+
+// For kernels that work on host memory themselves: what a graph that is being recorded repeats.
+// Does nothing outside of a capture.
+void record_for_graph(std::function<void()> op);
+[[nodiscard]] int64_t graph_launches();
 
 // How often the host waited for the device: all threads, and this one.
 [[nodiscard]] int64_t host_syncs();

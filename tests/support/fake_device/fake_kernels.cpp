@@ -22,9 +22,13 @@ void to_host(LogitRows& rows) {
 // A launcher whose device pointers are the given members of its arguments.
 template <class Args, auto kLaunch, auto... kPointers>
 void launch(const Args& args, Stream stream) {
-  Args on_host = args;
-  (to_host(on_host.*kPointers), ...);
-  kLaunch(on_host, stream);
+  const auto run = [args, stream] {
+    Args on_host = args;
+    (to_host(on_host.*kPointers), ...);
+    kLaunch(on_host, stream);
+  };
+  record_for_graph(run);
+  run();
 }
 
 using NF = NormForwardArgs;

@@ -8,6 +8,7 @@
 #include <set>
 #include <string>
 
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_generator.h"
 #include "support/fake_device/host_tensor.h"
@@ -117,9 +118,26 @@ class HostCall {
     adopt_resized();
     give_results();
     if (does_wait()) synchronize_stream(now_.stream, now_.op);
+    if (is_capturing()) record();
   }
 
  private:
+  // A launch runs the op again and puts what it makes where this call's results are.
+  void record() const {
+    const size_t count = schema_.returns().size();
+    std::vector<at::IValue> arguments, results;
+    for (const at::IValue& value : originals_) arguments.push_back(unowned(value));
+    for (auto value = stack_.end() - static_cast<std::ptrdiff_t>(count); value != stack_.end();
+         ++value)
+      results.push_back(unowned(*value));
+    record_for_graph([op = op_, arguments, results] {
+      torch::jit::Stack stack = arguments;
+      HostCall(op, stack).run();
+      const size_t first = stack.size() - results.size();
+      for (size_t i = 0; i < results.size(); ++i) copy_result(stack[first + i], results[i]);
+    });
+  }
+
   struct Carried {
     at::Tensor device, host;
     bool is_written;

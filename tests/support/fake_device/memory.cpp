@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/regions.h"
 
@@ -25,6 +26,7 @@ struct Block {
   size_t bytes = 0, asked_bytes = 0;
   int stream = 0;
   bool is_free = false;
+  bool is_of_graph = false;  // allocated during a capture: stays
   std::vector<int> kept_for;
   std::vector<Access> awaited;  // ops of kept_for streams at the time it was freed
   RegionHistory history;
@@ -47,9 +49,10 @@ class Memory {
                      "fake device out of memory: tried to allocate ", bytes, " bytes; ", allocated_,
                      " of ", limit_, " bytes are in use");
     const int stream = current_stream();
-    auto block = find_free(bytes, stream);
+    auto block = is_capturing() ? blocks_.end() : find_free(bytes, stream);
     if (block == blocks_.end()) block = take_new(bytes, stream);
     block->second.is_free = false;
+    block->second.is_of_graph = is_capturing();
     block->second.asked_bytes = asked_bytes;
     block->second.history.restart(bytes, last_op(stream, "allocation"));
     allocated_ += bytes;
@@ -62,6 +65,7 @@ class Memory {
     const size_t begin = offset_of(pointer);
     Block& block = blocks_.at(begin);
     check_guard(begin, block);
+    if (block.is_of_graph) return;
     std::memset(host_ + begin, kNaNByte, block.bytes);
     for (const int stream : block.kept_for) block.awaited.push_back(last_op(stream, "keep_for"));
     block.kept_for.clear();
@@ -98,6 +102,11 @@ class Memory {
   [[nodiscard]] void* host_of(const void* pointer) const { return host_ + offset_of(pointer); }
   void set_limit(int64_t bytes) { limit_ = std::min(static_cast<size_t>(bytes), kRangeBytes); }
   void reset_peak() { peak_ = allocated_; }
+  [[nodiscard]] std::vector<char> snapshot() const { return {host_, host_ + used_}; }
+  void restore(const std::vector<char>& bytes) {
+    std::memcpy(host_, bytes.data(), bytes.size());
+    std::memset(host_ + bytes.size(), kNaNByte, used_ - bytes.size());
+  }
 
   [[nodiscard]] device::DeviceMemory stats() const {
     const auto i = [](size_t bytes) { return static_cast<int64_t>(bytes); };
@@ -260,6 +269,16 @@ void keep_for(const void* pointer, int stream) {
 device::DeviceMemory memory_stats() {
   std::lock_guard lock(state_mutex());
   return memory().stats();
+}
+
+std::vector<char> snapshot() {
+  std::lock_guard lock(state_mutex());
+  return memory().snapshot();
+}
+
+void restore(const std::vector<char>& bytes) {
+  std::lock_guard lock(state_mutex());
+  memory().restore(bytes);
 }
 
 void reset_peak() {

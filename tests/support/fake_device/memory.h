@@ -29,5 +29,8 @@ void keep_for(const void* pointer, int stream);
 
 device::DeviceMemory memory_stats();
 void reset_peak();
+// All bytes that were ever given out, and the way back to them.
+[[nodiscard]] std::vector<char> snapshot();
+void restore(const std::vector<char>& bytes);
 
 }  // namespace capstan::test::fake

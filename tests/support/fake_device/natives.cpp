@@ -14,6 +14,7 @@
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
 
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fallback.h"
 #include "support/fake_device/host_copies.h"
@@ -80,6 +81,10 @@ void copy_on_device(const at::Tensor& from, const at::Tensor& to) {
 
 at::Tensor copy_from(const at::Tensor& source, const at::Tensor& to, bool non_blocking) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  if (is_capturing())
+    record_for_graph([from = unowned(source), onto = unowned(to), non_blocking] {
+      (void)copy_from(from, onto, non_blocking);
+    });
   const at::Tensor from = source.sizes() == to.sizes() ? source : source.expand(to.sizes());
   if (from.is_cpu())
     copy_to_device(from, to, non_blocking);

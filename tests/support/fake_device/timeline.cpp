@@ -6,6 +6,7 @@
 #include <atomic>
 #include <deque>
 
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/host_copies.h"
 
@@ -97,6 +98,7 @@ void wait(int stream, const EventState& event) {
 }
 
 bool poll(EventState& event) {
+  TORCH_CHECK(!is_capturing(), "an event is queried during a capture");
   std::lock_guard lock(state_mutex());
   bool is_past = true;
   for (size_t i = 0; i < event.clock.size(); ++i)
@@ -131,6 +133,7 @@ void synchronize_device() {
 }
 
 void count_host_sync(const char* reason) {
+  TORCH_CHECK(!is_capturing(), "the host waits during a capture: ", reason);
   std::lock_guard lock(state_mutex());
   ++syncs;
   ++thread_syncs;

@@ -1,0 +1,78 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/step_graph_internal.h"
+
+#include <ATen/ATen.h>
+
+#include "capstan/base/check.h"
+
+namespace capstan::engine {
+namespace {
+
+constexpr int kStepsBefore = 2;
+
+// Later steps differ in values, not in shape.
+void set(Tensor& fixed, const Tensor& value) {
+  if (!value.defined()) return;
+  if (!fixed.defined()) fixed = at::empty_like(value);
+  CAPSTAN_CHECK(fixed.sizes() == value.sizes(), "a step of another shape than the recorded one");
+  fixed.copy_(value);
+}
+
+}  // namespace
+
+RecordedWork::~RecordedWork() {
+  if (graph_.handle) accelerator_.destroy(graph_);
+}
+
+void RecordedWork::run(const std::function<void()>& work) {
+  if (calls_ < kStepsBefore) {
+    ++calls_;
+    return work();
+  }
+  if (!graph_.handle) record(work);
+  accelerator_.launch(graph_);
+}
+
+void RecordedWork::record(const std::function<void()>& work) {
+  device::Accelerator& a = accelerator_;
+  const device::Stream here = a.current_stream(), apart = a.create_stream(false);
+  const device::Event event = a.create_event();
+  a.record(event, here);
+  a.wait(apart, event);
+  {
+    const device::StreamGuard guard(a, apart);
+    a.begin_capture();
+    try {
+      work();
+    } catch (...) {
+      a.destroy(a.end_capture());
+      a.destroy(event);
+      throw;
+    }
+    graph_ = a.end_capture();
+  }
+  a.record(event, apart);
+  a.wait(here, event);
+  a.destroy(event);
+}
+
+void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights) {
+  batches_.resize(batches.size());
+  weights_.resize(weights.size());
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const MicroBatch& made = batches[i];
+    MicroBatch& fixed = batches_[i];
+    Tensor positions_BT = fixed.rows.positions_BT, first_key_BT = fixed.rows.first_key_BT;
+    set(fixed.ids_BT, made.ids_BT);
+    set(fixed.targets_BT, made.targets_BT);
+    set(positions_BT, made.rows.positions_BT);
+    set(first_key_BT, made.rows.first_key_BT);
+    fixed.rows = made.rows;
+    fixed.rows.positions_BT = positions_BT;
+    fixed.rows.first_key_BT = first_key_BT;
+    set(weights_[i], weights[i]);
+  }
+}
+
+}  // namespace capstan::engine

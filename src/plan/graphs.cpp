@@ -1,0 +1,36 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// run.graphs: a graph repeats what was recorded, so nothing in a step may depend on what the host
+// learns in it.
+#include <string>
+
+#include "plan/resolve_internal.h"
+
+namespace capstan::plan {
+
+void check_graphs(Draft& draft) {
+  const recipe::Recipe& r = draft.recipe;
+  if (!r.run.graphs) return;
+  const auto refuse = [&](bool applies, const std::string& why, const std::string& fix) {
+    if (applies) draft.refuse({"run.graphs", "true", "false", why, fix + ", or run.graphs: false"});
+  };
+  const std::string not_yet = " is not in this build";
+  refuse(r.run.device == "cpu", "graphs are a GPU's", "Set run.device: cuda");
+  refuse(draft.topology.world_size > 1,
+         "a graph over " + std::to_string(draft.topology.world_size) + " ranks" + not_yet,
+         "Start 1 rank");
+  refuse(r.model.experts.count > 0, "routers choose on the host, a graph of experts" + not_yet,
+         "Set model.experts.count: 0");
+  refuse(r.optimizer.spike_skip.sigma.has_value(),
+         "optimizer.spike_skip.sigma is judged by the host in every step",
+         "Set optimizer.spike_skip.sigma: none");
+  refuse(r.precision.compute == "fp16" && !r.precision.loss_scale,
+         "the dynamic loss scale of fp16 is the host's", "Set precision.loss_scale");
+  refuse(r.parallel.zero.offload != "none" || r.parallel.offload_activations,
+         "a graph with parallel.zero.offload or parallel.offload_activations" + not_yet,
+         "Set parallel.zero.offload: none and parallel.offload_activations: false");
+  refuse(r.parallel.zero.stage > 0, "a graph with parallel.zero.stage above 0" + not_yet,
+         "Set parallel.zero.stage: 0");
+}
+
+}  // namespace capstan::plan

@@ -1,0 +1,159 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Steps that are launched as graphs are the steps that are run one op at a time, to the last bit.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <memory>
+
+#include "capstan/base/error.h"
+#include "capstan/ops/device_kernels.h"
+#include "ranks/engine_fixture.h"
+#include "support/fake_device/fake_device.h"
+#include "support/fake_device/fake_kernels.h"
+
+namespace capstan::engine {
+namespace {
+
+using testing::make_batches;
+using testing::TinyResult;
+using testing::TinyRun;
+
+constexpr int kSteps = 7;
+
+std::vector<std::vector<std::string>> cases() {
+  return {{"run.seed=3"},
+          {"data.documents=separate", "model.sliding_window=5"},
+          {"model.tie_word_embeddings=false", "model.attention_bias=true"},
+          {"precision.compute=bf16"},
+          {"parallel.recompute.mode=block"},
+          {"optimizer.max_grad_norm=none"},
+          {"model.frozen=['*', '!*.1.*']"}};
+}
+
+struct Trained {
+  TinyResult run;
+  int64_t waits = 0, launches = 0;  // of the last three steps
+};
+
+Trained train_by(const TinyRun& run, const testing::TinyHooks& hooks = {}) {
+  Trained out;
+  testing::with_engines(
+      run,
+      [&](int rank, Engine& engine) {
+        const test::BackwardOnThisThread here;
+        const auto objective =
+            hooks.objective ? hooks.objective(rank) : make_next_token_objective();
+        int64_t waits = 0, launches = 0;
+        for (int step = 0; step < kSteps; ++step) {
+          if (step == kSteps - 3) waits = test::host_syncs(), launches = test::graph_launches();
+          engine.start_step(make_batches(engine.plan(), rank, step), *objective);
+          if (engine.unreported_steps() > 1) out.run.reports.push_back(engine.finish_step());
+        }
+        out.waits = test::host_syncs() - waits;
+        out.launches = test::graph_launches() - launches;
+        while (engine.unreported_steps() > 0) out.run.reports.push_back(engine.finish_step());
+        out.run.weights = testing::copy_weights(engine);
+        out.run.hash = engine.weights_hash();
+      },
+      hooks);
+  return out;
+}
+
+class DeviceGraph : public ::testing::TestWithParam<bool> {
+ public:
+  void SetUp() override {
+    test::install_fake_device();
+    if (GetParam()) ops::install_device_kernels(&test::fake_kernels());
+  }
+  void TearDown() override { ops::install_device_kernels(nullptr); }
+};
+
+TEST_P(DeviceGraph, StepsAreThoseWithoutIt) {
+  for (const auto& overrides : cases()) {
+    SCOPED_TRACE(overrides.front());
+    const Trained plain = train_by({.overrides = overrides});
+    const Trained graph = train_by({.overrides = overrides, .graphs = true});
+    testing::expect_same_run(graph.run, plain.run, 0);
+    EXPECT_EQ(graph.run.hash, plain.run.hash);
+    EXPECT_EQ(plain.launches, 0);
+    EXPECT_EQ(graph.launches, 3 * 2);  // the passes of all micro-batches, the update
+    EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(graph.waits);
+  }
+}
+
+// The decision is in the graph: a launched step is skipped, the next one is not.
+TEST_P(DeviceGraph, LaunchedStepsAreSkipped) {
+  class SomeNaN final : public Objective {
+   public:
+    double local_denominator(const std::vector<MicroBatch>& batches) const override {
+      return base_->local_denominator(batches);
+    }
+    Tensor weights(const MicroBatch& batch, double denominator) const override {
+      const bool is_fifth = calls_ / 4 == 4;
+      ++calls_;
+      return base_->weights(batch, denominator)
+          .mul(is_fifth ? std::numeric_limits<double>::quiet_NaN() : 1.0);
+    }
+    Tensor loss(const nn::TokenScores&, const MicroBatch&, double) const override { return {}; }
+
+   private:
+    mutable int64_t calls_ = 0;
+    std::unique_ptr<Objective> base_ = make_next_token_objective();
+  };
+  const testing::TinyHooks hooks{.hooks = {},
+                                 .objective = [](int) { return std::make_unique<SomeNaN>(); }};
+  const Trained plain = train_by({}, hooks);
+  const Trained graph = train_by({.graphs = true}, hooks);
+  EXPECT_EQ(graph.run.reports[4].skipped, "nonfinite loss");
+  EXPECT_EQ(graph.run.reports[5].skipped, "");
+  testing::expect_same_run(graph.run, plain.run, 0);
+}
+
+// Evaluation and a restore between launches read and write the same weights.
+TEST_P(DeviceGraph, OtherPassesInBetweenSeeTheSameWeights) {
+  const auto losses = [](bool graphs) {
+    std::vector<double> made;
+    testing::with_engines({.graphs = graphs}, [&](int rank, Engine& engine) {
+      const test::BackwardOnThisThread here;
+      const auto objective = make_next_token_objective();
+      for (int step = 0; step < kSteps; ++step) {
+        made.push_back(engine.step(make_batches(engine.plan(), rank, step), *objective).loss);
+        engine.evaluate(make_batches(engine.plan(), rank, 100)[0]);
+        made.push_back(engine.report_eval().loss());
+        if (step != 4) continue;
+        for (const auto& entry : engine.state_entries())
+          if (entry.kind == "model") entry.tensor.mul_(0.5);
+        engine.restore(engine.scalars());
+      }
+    });
+    return made;
+  };
+  EXPECT_EQ(losses(true), losses(false));
+}
+
+// No fallback to ordinary steps.
+TEST_P(DeviceGraph, WhatChangesFromStepToStep_IsRefused) {
+  class ByLoss final : public Objective {
+   public:
+    double local_denominator(const std::vector<MicroBatch>&) const override { return 1; }
+    Tensor weights(const MicroBatch&, double) const override { return {}; }
+    Tensor loss(const nn::TokenScores& scores, const MicroBatch&, double) const override {
+      return scores.logprob_BT.sum().neg();
+    }
+  };
+  testing::with_engines({.graphs = true}, [](int rank, Engine& engine) {
+    EXPECT_THROW(engine.start_step(make_batches(engine.plan(), rank, 0), ByLoss()), ConfigError);
+  });
+  EXPECT_THROW(testing::with_engines(
+                   {.overrides = {"optimizer.spike_skip={sigma: 6.0, window: 16}"}, .graphs = true},
+                   [](int, Engine&) {}),
+               Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Forms, DeviceGraph, ::testing::Bool(),
+                         [](const auto& one) { return one.param ? "ByOurKernels" : "ByAten"; });
+
+}  // namespace
+}  // namespace capstan::engine
