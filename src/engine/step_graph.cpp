@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <exception>
+
 #include "capstan/base/check.h"
 
 namespace capstan::engine {
@@ -40,21 +42,26 @@ void RecordedWork::record(const std::function<void()>& work) {
   const device::Event event = a.create_event();
   a.record(event, here);
   a.wait(apart, event);
+  device::Graph made;
+  std::exception_ptr failure;
   {
     const device::StreamGuard guard(a, apart);
     a.begin_capture();
     try {
       work();
     } catch (...) {
-      a.destroy(a.end_capture());
-      a.destroy(event);
-      throw;
+      failure = std::current_exception();
     }
-    graph_ = a.end_capture();
+    made = a.end_capture();
   }
   a.record(event, apart);
   a.wait(here, event);
   a.destroy(event);
+  if (failure) {
+    a.destroy(made);
+    std::rethrow_exception(failure);
+  }
+  graph_ = made;
 }
 
 void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights) {

@@ -61,6 +61,8 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
 }
 
 void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  // Another thread's wait must not pass this op before its copy is among those under way.
+  const std::lock_guard lock(state_mutex());
   const Access now = begin_op("copy to the host");
   note({{from, false}}, now);
   if (non_blocking && is_asynchronous(to, from)) {

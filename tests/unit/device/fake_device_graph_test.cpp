@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <exception>
+
 #include "support/fake_device/fake_device.h"
 
 namespace capstan::test {
@@ -22,21 +24,23 @@ device::Graph record(const std::function<void()>& work) {
   a.record(event, here);
   a.wait(apart, event);
   device::Graph graph;
+  std::exception_ptr failure;
   {
     const device::StreamGuard guard(a, apart);
     a.begin_capture();
     try {
       work();
     } catch (...) {
-      a.destroy(a.end_capture());
-      throw;
+      failure = std::current_exception();
     }
     graph = a.end_capture();
   }
   a.record(event, apart);
   a.wait(here, event);
   a.destroy(event);
-  return graph;
+  if (!failure) return graph;
+  a.destroy(graph);
+  std::rethrow_exception(failure);
 }
 
 class FakeGraph : public ::testing::Test {
