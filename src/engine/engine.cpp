@@ -93,7 +93,8 @@ struct Engine::Impl {
     }
     if (mesh.rank() != 0) return;
     if (reason.empty())
-      log::info("engine", "steps are decided on the device, their reports come one step late");
+      log::info("engine", "steps are decided on the device{}, their reports come one step late",
+                graph ? " and launched as two graphs" : "");
     else
       log::info("engine", "the host waits for the outcome of every step: {}", reason);
   }

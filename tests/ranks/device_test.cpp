@@ -359,7 +359,6 @@ TEST(Device, WhatTheHostDecides_IsKnownFromTheRecipe) {
   expect_reports_late({"optimizer.spike_skip={sigma: 6.0, window: 16}"}, false);
   expect_reports_late({"precision.compute=fp16"}, false);
   expect_reports_late({"precision.compute=fp16", "precision.loss_scale=128"}, true);
-  expect_reports_late({"optimizer.moments=bf16", "precision.compute=bf16"}, false);  // by ATen
   expect_reports_late({"parallel.zero.stage=1", "parallel.zero.offload=optimizer"}, false);
   expect_reports_late({"model.family=moe", "model.experts.count=4"}, false);
 }
