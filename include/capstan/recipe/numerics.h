@@ -13,12 +13,8 @@ struct SpikeSkip {
   std::optional<double> sigma;  // none
   int64_t window = 128;
 };
-struct Sophia {
-  double rho = 0.04;      // largest step, in units of the learning rate
-  int64_t interval = 10;  // steps from one estimate of the curvature to the next
-};
 struct Optimizer {
-  std::string name = "adamw";    // adamw | lion | sophia
+  std::string name = "adamw";    // adamw | lion
   std::string moments = "auto";  // auto = type of the master weights | bf16 | int8
   double lr = 0;
   std::vector<double> betas = {0.9, 0.95};
@@ -27,7 +23,6 @@ struct Optimizer {
   std::optional<double> max_grad_norm = 1.0;  // none = no clipping
   int64_t nonfinite_limit = 10;
   SpikeSkip spike_skip;
-  Sophia sophia;
 };
 
 struct Fp8 {
