@@ -190,6 +190,13 @@ count_jobs() {  # min(cores, memory / 2 GiB), at least 1
   echo "${CAPSTAN_JOBS:-$jobs}"
 }
 
+# Tests also compile and link the plug-in for GPUs where nvcc 13.0 and NCCL are; programs do not find it there.
+checks_plugin() {
+  case "$preset" in release | ci) ;; *) return 1 ;; esac
+  command -v nvcc > /dev/null && nvcc --version | grep -q 'release 13\.0' || return 1
+  [ -f "$torch_dir/../nvidia/nccl/include/nccl.h" ] || [ -f "$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")/include/nccl.h" ]
+}
+
 build_tree() {
   export CCACHE_DIR="$cache/ccache" CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=5G
   export CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
@@ -197,7 +204,10 @@ build_tree() {
   jobs=$(count_jobs)
   case "$jobs" in '' | *[!0-9]* | 0) fail 2 "CAPSTAN_JOBS: got '$jobs', need a number from 1" ;; esac
   local options=("-DCAPSTAN_TORCH_DIR=$torch_dir")
-  case " $groups " in *" test "*) options+=(-DCAPSTAN_BUILD_TESTS=ON) ;; esac
+  case " $groups " in *" test "*)
+    options+=(-DCAPSTAN_BUILD_TESTS=ON)
+    if checks_plugin; then options+=(-DCAPSTAN_WITH_CUDA=CHECK); fi ;;
+  esac
   # Configure when there is no tree yet or when what it was configured for has changed; ninja itself notices changed CMake files.
   local wanted="$preset ${options[*]}"
   if [ ! -f "$build_dir/build.ninja" ] || [ "$(cat "$build_dir/configured-for" 2>/dev/null)" != "$wanted" ]; then
