@@ -90,7 +90,8 @@ __device__ double inverse_normal_cdf(double p) {
 template <class T>
 __global__ void fill_kernel(const FillNormalArgs a) {
   for (int64_t i = first_index(); i < a.count; i += all_threads()) {
-    const PhiloxBits random = philox(a.seed, a.stream, a.first + static_cast<uint64_t>(i));
+    const int64_t index = i / a.length * a.stride + i % a.length;
+    const PhiloxBits random = philox(a.seed, a.stream, a.first + static_cast<uint64_t>(index));
     const uint64_t bits = static_cast<uint64_t>(random.word[1]) << 32 | random.word[0];
     const double u = (static_cast<double>(bits >> 12) + 0.5) * 0x1p-52;
     static_cast<T*>(a.out)[i] =
@@ -101,7 +102,7 @@ __global__ void fill_kernel(const FillNormalArgs a) {
 }  // namespace
 
 void fill_normal(const FillNormalArgs& args, Stream stream) {
-  check_sizes("fill_normal", {args.count});
+  check_sizes("fill_normal", {args.count, args.length - 1, args.stride});
   if (args.count == 0) return;
   check_present("fill_normal", {{"out", args.out}});
   with_float("fill_normal", args.dtype, [&](auto tag) {

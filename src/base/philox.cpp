@@ -7,17 +7,13 @@
 
 #include "capstan/base/check.h"
 #include "capstan/base/hash.h"
+#include "capstan/base/normal_quantile.h"
 
 namespace capstan::philox {
 
 namespace {
 
-template <size_t N>
-double polynomial(const std::array<double, N>& coefficients, double x) {
-  double value = coefficients[N - 1];
-  for (size_t i = N - 1; i-- > 0;) value = value * x + coefficients[i];
-  return value;
-}
+using namespace normal_quantile;
 
 // log(x) for x > 0 out of additions, multiplications and one division: x = m 2^e with m in
 // [sqrt(1/2), sqrt(2)), log m = 2 atanh(f), f = (m-1)/(m+1), |f| < 0.1716, so the series is exact
@@ -41,44 +37,6 @@ double natural_log(double x) {
   for (int k = 21; k >= 1; k -= 2) series = series * s + 1.0 / k;
   return static_cast<double>(exponent) * 0.69314718055994531 + 2.0 * f * series;
 }
-
-// Rational interpolation of the quantile at Chebyshev nodes (degree 7 over 7, computed with 50
-// digits). Centre: x / q as a function of 0.425^2 - q^2 with q = p - 1/2, relative error 6e-15.
-constexpr std::array<double, 8> kCentreP = {
-    3.3871328727963461, 128.73512822626552, 1830.557477937655,  12139.224890161133,
-    38265.211315474036, 52232.98928941886,  23904.103116721089, 1633.0122843613899};
-constexpr std::array<double, 8> kCentreQ = {1.0,
-                                            41.012366189413981,
-                                            641.63926453705142,
-                                            4815.8575298189162,
-                                            17948.909812326499,
-                                            31203.393040319792,
-                                            21170.851303740594,
-                                            3539.5413098121762};
-// Tails: |x| as a function of r - 1.6 (r <= 5, error 6e-15) and r - 5 (r <= 27.5, error 2e-13) with
-// r = sqrt(-log(min(p, 1 - p))).
-constexpr std::array<double, 8> kTailP = {
-    1.4234371107496915, 4.7986967274575738,  6.2962569570520621,   4.2474424999990754,
-    1.5853303740560594, 0.32045027191916492, 0.031250394211131127, 0.0010675107206190402};
-constexpr std::array<double, 8> kTailQ = {1.0,
-                                          2.1714679312462626,
-                                          1.9045463196807437,
-                                          0.84748946832291627,
-                                          0.19517067468966826,
-                                          0.020898582748951039,
-                                          0.00075473040847282068,
-                                          1.1825888713836057e-09};
-constexpr std::array<double, 8> kFarP = {
-    6.657904643501853,   5.3468361292879854,    1.7005399074782357,     0.27324295174654101,
-    0.02341843187257182, 0.0010368553888037099, 2.1006472849990823e-05, 1.4142939045152984e-07};
-constexpr std::array<double, 8> kFarQ = {1.0,
-                                         0.58226680300586153,
-                                         0.12814893637172942,
-                                         0.013289149217647124,
-                                         0.00066174860410373099,
-                                         1.435400837581971e-05,
-                                         1.0000517920203415e-07,
-                                         9.4072865387428962e-16};
 
 template <class T>
 void fill(std::span<T> out, uint64_t seed, uint64_t stream, uint64_t first, double deviation) {

@@ -9,7 +9,7 @@
 
 #include "capstan/base/check.h"
 #include "capstan/device/accelerator.h"
-#include "capstan/param/init.h"
+#include "capstan/ops/init.h"
 
 namespace capstan::parallel {
 namespace {
@@ -133,9 +133,9 @@ std::optional<int> FlatStore::find(const std::string& name) const {
 void FlatStore::initialize(uint64_t seed, const std::string& model) {
   const int64_t end = shard_begin_ + shard_numel_;
   for (const auto& piece : plan::pieces_of(layout_, table_, shard_begin_, end)) {
-    const Tensor values =
-        param::init_values(spec(piece.param), piece.box, seed, model, master_.scalar_type());
-    master_.narrow(0, piece.offset, values.numel()).copy_(values.view(-1));
+    const int64_t count = plan::numel(piece.box.extent);
+    ops::fill_init_values(master_.narrow(0, piece.offset, count), spec(piece.param), piece.box,
+                          seed, model);
   }
   refresh();
 }

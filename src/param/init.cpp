@@ -9,6 +9,7 @@
 
 #include "capstan/base/check.h"
 #include "capstan/base/philox.h"
+#include "param/cpu/fill_normal.h"
 
 namespace capstan::param {
 namespace {
@@ -50,6 +51,13 @@ int64_t run_begin(const plan::Box& box, const plan::Shape& global, const Runs& r
   return index;
 }
 
+void fill_run(float* out, size_t count, const cpu::NormalStream& from) {
+  cpu::fill_normal().f32(out, count, from);
+}
+void fill_run(double* out, size_t count, const cpu::NormalStream& from) {
+  cpu::fill_normal().f64(out, count, from);
+}
+
 template <class T>
 void fill_normal(const at::Tensor& out, const plan::ParamSpec& spec, const plan::Box& box,
                  uint64_t seed, uint64_t stream) {
@@ -60,8 +68,8 @@ void fill_normal(const at::Tensor& out, const plan::ParamSpec& spec, const plan:
       const int64_t run = begin / runs.length, at_element = begin % runs.length;
       const int64_t n = std::min(end - begin, runs.length - at_element);
       const int64_t first = run_begin(box, spec.shape, runs, run) + at_element;
-      philox::fill_normal(std::span<T>(data + begin, static_cast<size_t>(n)), seed, stream,
-                          static_cast<uint64_t>(first), spec.init.deviation);
+      fill_run(data + begin, static_cast<size_t>(n),
+               {seed, stream, static_cast<uint64_t>(first), spec.init.deviation});
       begin += n;
     }
   };
@@ -69,6 +77,22 @@ void fill_normal(const at::Tensor& out, const plan::ParamSpec& spec, const plan:
 }
 
 }  // namespace
+
+std::optional<BoxRuns> equal_runs(const plan::Box& box, const plan::Shape& global) {
+  const Runs runs = runs_of(box, global);
+  if (runs.length == 0 || runs.count == 0) return std::nullopt;
+  const auto begin = [&](int64_t run) { return run_begin(box, global, runs, run); };
+  BoxRuns equal{.first = begin(0), .length = runs.length, .stride = runs.length};
+  if (runs.count == 1) return equal;
+  equal.stride = begin(1) - begin(0);
+  for (int64_t run = 2; run < runs.count; ++run)
+    if (begin(run) - begin(run - 1) != equal.stride) return std::nullopt;
+  return equal;
+}
+
+uint64_t init_stream(const std::string& model_name, const std::string& param_name) {
+  return philox::stream_of("init", model_name + "/" + param_name);
+}
 
 at::Tensor init_values(const plan::ParamSpec& spec, const plan::Box& box, uint64_t seed,
                        const std::string& model_name, at::ScalarType dtype) {
@@ -91,7 +115,7 @@ at::Tensor init_values(const plan::ParamSpec& spec, const plan::Box& box, uint64
       out.fill_(1);
       break;
     case plan::Init::Kind::kNormal: {
-      const uint64_t stream = philox::stream_of("init", model_name + "/" + spec.name);
+      const uint64_t stream = init_stream(model_name, spec.name);
       if (out.numel() == 0) break;
       if (wide)
         fill_normal<double>(out, spec, box, seed, stream);

@@ -36,6 +36,27 @@ TEST_F(FillNormal, AnyRange_HasTheBitsOfTheCpu) {
   }
 }
 
+TEST_F(FillNormal, Runs_AreRowsOfALongerRow) {
+  constexpr size_t kRows = 13, kWidth = 29;
+  constexpr int64_t kLength = 7;
+  std::vector<double> whole(kRows * kWidth);
+  philox::fill_normal(std::span<double>(whole), 42, 7, 11, 1.0);
+  Values expected;
+  for (size_t row = 0; row < kRows; ++row)
+    for (size_t i = 0; i < kLength; ++i) expected.push_back(whole[row * kWidth + i]);
+  const Array out = Array::of_size(DType::kFp64, expected.size());
+  api().fill_normal({.dtype = DType::kFp64,
+                     .out = out.data(),
+                     .count = static_cast<int64_t>(expected.size()),
+                     .seed = 42,
+                     .stream = 7,
+                     .first = 11,
+                     .length = kLength,
+                     .stride = kWidth},
+                    nullptr);
+  EXPECT_EQ(out.values(), expected);
+}
+
 TEST_F(FillNormal, Bf16_IsTheRoundedFp32) {
   std::vector<float> wide(999);
   philox::fill_normal(std::span<float>(wide), 42, 7, 5, 1.0);

@@ -14,7 +14,7 @@ import sys
 # What each module may include, itself aside; the column is transitive.
 MODULES = {
     "base": [], "text": ["base"], "recipe": ["base"], "plan": ["recipe"], "data": ["text", "recipe"], "launch": ["plan"],
-    "metrics": ["plan"], "kernels": ["base"], "device": ["base"], "comm": ["device"], "mesh": ["comm", "plan"], "param": ["plan"],
+    "metrics": ["plan"], "kernels": ["base"], "device": ["base"], "comm": ["device"], "mesh": ["comm", "plan"], "param": ["plan", "device"],
     "ops": ["param", "device", "kernels"], "nn": ["ops"], "parallel": ["nn", "mesh"], "optim": ["parallel"], "checkpoint": ["mesh"],
     "engine": ["optim"], "infer": ["engine", "checkpoint", "text"],
     "trainer": ["infer", "data", "launch", "metrics"],
