@@ -8,7 +8,7 @@ namespace capstan::kernels {
 
 template <class A>
 struct AdamWUpdate {
-  static constexpr bool kHasSecond = true;
+  static constexpr bool kHasSecond = true, kReadsSecondOnly = false;
   A gradient_scale, decay, beta1, rest1, beta2, rest2, step_size, inverse_root, eps;
 
   AdamWUpdate() = default;

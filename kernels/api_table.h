@@ -26,6 +26,7 @@ inline constexpr Api kLinkedApi{
     .logit_gradient = logit_gradient,
     .adamw = adamw,
     .lion = lion,
+    .sophia = sophia,
     .adamw_blockwise = adamw_blockwise,
     .squared_norm = squared_norm,
     .decide_step = decide_step,

@@ -11,7 +11,7 @@ namespace {
 
 template <class A>
 struct LionUpdate {
-  static constexpr bool kHasSecond = false;
+  static constexpr bool kHasSecond = false, kReadsSecondOnly = false;
   A gradient_scale, decay, beta1, rest1, beta2, rest2, lr;
 
   LionUpdate() = default;

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// What AdamW and Lion on moments of one number per element share: a block takes one tile at a time;
-// vectors where the tile starts on a multiple of four elements. Update is a functor on one element.
+// What AdamW, Lion and Sophia on moments of one number per element share: a block takes one tile at
+// a time; vectors where the tile starts on a multiple of four elements. Update is a functor on one
+// element.
 #pragma once
 #include "capstan/kernels/optimizer.h"
 #include "dispatch.h"
@@ -60,7 +61,7 @@ __device__ __forceinline__ void update_vector(const OptimizerArgs& a, const Upda
   }
   store(weights, w);
   store(first, m);
-  if constexpr (Update::kHasSecond) store(second, v);
+  if constexpr (Update::kHasSecond && !Update::kReadsSecondOnly) store(second, v);
   if constexpr (sizeof(A) == 4) {
     if (!a.copy) return;
     Vec<Bf16, N> rounded;

@@ -210,6 +210,24 @@ struct Engine::Impl {
     });
   }
 
+  [[nodiscard]] int64_t started_steps() const {
+    return control.scalars().step + (on_device ? static_cast<int64_t>(on_device->pending()) : 0);
+  }
+
+  // The optimizer's own pass before that of the step: the same rows, with labels that the model
+  // draws.
+  void estimate_curvature(StepWork work, const std::vector<MicroBatch>& on_host) {
+    const auto seed = static_cast<uint64_t>(plan.resolved.run.seed);
+    std::vector<Tensor> uniform;
+    for (const MicroBatch& batch : on_host)
+      uniform.push_back(to_device(uniform_numbers(batch, seed, started_steps()), device));
+    work.uniform = &uniform;
+    executor.run(work, [&](const Tensor&) {
+      model.buckets->finish_step();
+      optimizer->observe_curvature(static_cast<double>(plan.batch.tokens_per_step));
+    });
+  }
+
   void update_on_device(const Tensor& loss) {
     const trace::Span span("optimizer", "update");
     on_device->decide(loss, mesh.coord().tp == 0, world);
@@ -280,6 +298,7 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   const auto target_tokens = static_cast<int64_t>(c[1]);
   const auto on_device = to_device(batches, e.device);
   const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
+  if (e.optimizer->wants_curvature(e.started_steps())) e.estimate_curvature(work, batches);
   if (e.on_device) return e.step_on_device(work, target_tokens);
   e.executor.run(work, [&](const Tensor& loss) {
     e.model.buckets->finish_step();

@@ -10,11 +10,25 @@
 #include <utility>
 
 #include "capstan/base/check.h"
+#include "capstan/base/error.h"
 #include "capstan/base/trace.h"
 #include "engine/block_backward_internal.h"
 #include "engine/block_io_internal.h"
 
 namespace capstan::engine {
+namespace {
+
+[[noreturn]] void refuse_curvature() {
+  throw ConfigError(ErrorText{.module = "engine",
+                              .what = "estimating the curvature",
+                              .got = "an objective without token weights",
+                              .need = "a weighted sum of token losses",
+                              .why = "optimizer.name sophia draws labels for it",
+                              .fix = "Set optimizer.name: adamw"});
+}
+
+}  // namespace
+
 // Holds the values of a block's parameters readable.
 class Executor::OpenBlock {
  public:
@@ -260,6 +274,10 @@ void Executor::score(const param::Context& context, const nn::BlockIO& in, InFli
   nn::ScoreRequest request;
   request.weights_BT = work.weights ? work.weights->at(static_cast<size_t>(context.micro_batch))
                                     : scaled_weights(work, batch);
+  if (work.uniform) {
+    if (!request.weights_BT.defined()) refuse_curvature();
+    request.uniform_BT = work.uniform->at(static_cast<size_t>(context.micro_batch));
+  }
   const auto scores =
       model_.model.head->score(context, *model_.seams, in, batch.targets_BT, request);
   if (request.weights_BT.defined()) {

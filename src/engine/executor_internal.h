@@ -24,6 +24,8 @@ struct StepWork {
   double loss_scale = 1;
   // Of each micro-batch, as scaled_weights() makes them; null: the objective is asked.
   const std::vector<Tensor>* weights = nullptr;
+  // Where labels are drawn instead of the targets, of each micro-batch [B, T]; null: targets.
+  const std::vector<Tensor>* uniform = nullptr;
 };
 
 class Executor {

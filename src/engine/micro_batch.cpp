@@ -7,7 +7,9 @@
 #include <string>
 #include <utility>
 
+#include "capstan/base/check.h"
 #include "capstan/base/error.h"
+#include "capstan/base/philox.h"
 #include "capstan/device/accelerator.h"
 #include "capstan/parallel/context_split.h"
 #include "engine/micro_batch_internal.h"
@@ -85,14 +87,35 @@ void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size) {
   }
 }
 
+// From pinned memory the copy is queued like a kernel and the host goes on.
+Tensor to_device(const Tensor& x, at::Device device) {
+  if (!x.defined() || device.is_cpu()) return x;
+  const Tensor pinned = device::accelerator()->empty_pinned(x.sizes(), x.scalar_type());
+  return pinned.copy_(x).to(device, x.scalar_type(), /*non_blocking=*/true);
+}
+
+Tensor uniform_numbers(const MicroBatch& batch, uint64_t seed, int64_t step) {
+  const int64_t B = batch.ids_BT.size(0), T = batch.ids_BT.size(1);
+  const param::RowMap& rows = batch.rows;
+  CAPSTAN_CHECK(static_cast<int64_t>(rows.samples.size()) == B,
+                "drawing labels: {} sample numbers for {} rows", rows.samples.size(), B);
+  const int64_t row_length = rows.row_length > 0 ? rows.row_length : T;
+  const uint64_t stream = philox::stream_of("curvature", std::to_string(step));
+  Tensor made = at::empty({B, T}, at::kDouble);
+  auto* number = made.data_ptr<double>();
+  const auto* const place =
+      rows.row_index_T.defined() ? rows.row_index_T.const_data_ptr<int64_t>() : nullptr;
+  for (const int64_t sample : rows.samples)
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t token = sample * row_length + (place ? place[t] : t);
+      *number++ = philox::uniform(seed, stream, static_cast<uint64_t>(token));
+    }
+  return made;
+}
+
 MicroBatch to_device(const MicroBatch& batch, at::Device device) {
   if (device.is_cpu()) return batch;
-  // From pinned memory the copy is queued like a kernel and the host goes on.
-  const auto moved = [&](const Tensor& x) {
-    if (!x.defined()) return x;
-    const Tensor pinned = device::accelerator()->empty_pinned(x.sizes(), x.scalar_type());
-    return pinned.copy_(x).to(device, x.scalar_type(), /*non_blocking=*/true);
-  };
+  const auto moved = [&](const Tensor& x) { return to_device(x, device); };
   MicroBatch on_device{moved(batch.ids_BT), moved(batch.targets_BT), batch.rows};
   on_device.rows.positions_BT = moved(batch.rows.positions_BT);
   on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);

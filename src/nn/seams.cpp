@@ -94,8 +94,8 @@ TokenScores Seams::score_tokens(const Tensor& hidden_BTD, const Projection& head
                                 const ops::VocabularyCut& cut) {
   if (request.weights_BT.defined()) {
     CAPSTAN_CHECK(!request.entropy, "entropy is not available with fixed token weights");
-    const auto weighted =
-        ops::head_weighted_loss(hidden_BTD, head, targets_BT, request.weights_BT, cut);
+    const auto weighted = ops::head_weighted_loss(hidden_BTD, head, targets_BT, request.weights_BT,
+                                                  cut, request.uniform_BT);
     return {.logprob_BT = weighted.logprob_BT, .entropy_BT = {}, .weighted_loss = weighted.loss};
   }
   const auto scores = ops::head_scores(hidden_BTD, head, targets_BT, request.entropy, cut);

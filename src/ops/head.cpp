@@ -239,7 +239,8 @@ HeadScores head_scores(const Tensor& x, const Projection& head, const Tensor& ta
 }
 
 WeightedLoss head_weighted_loss(const Tensor& x, const Projection& head, const Tensor& targets,
-                                const Tensor& weights, const VocabularyCut& cut) {
+                                const Tensor& weights, const VocabularyCut& cut,
+                                const Tensor& uniform_BT) {
   const bool wants_gradient = needs_backward({x}, head.parts);
   WeightedLoss out;
   Tensor dx;
@@ -253,9 +254,14 @@ WeightedLoss head_weighted_loss(const Tensor& x, const Projection& head, const T
                   weights_N.numel(), chunks.x_ND.size(0));
     const Tensor logprob_N = at::empty_like(weights_N);
     const Tensor dx_ND = wants_gradient ? at::empty_like(chunks.x_ND) : Tensor();
+    const Tensor uniform_N = uniform_BT.defined() ? uniform_BT.reshape({-1}) : Tensor();
     chunks.for_each([&](const Tensor& logits, int64_t first, int64_t n) {
+      Tensor targets_n = chunks.targets_N.narrow(0, first, n);
+      if (uniform_N.defined())
+        targets_n =
+            draw_labels(logits, targets_n, uniform_N.narrow(0, first, n), chunks.first_row, cut);
       weigh_rows_(logits,
-                  {.targets_n = chunks.targets_N.narrow(0, first, n),
+                  {.targets_n = targets_n,
                    .weights_n = wants_gradient ? weights_N.narrow(0, first, n) : Tensor(),
                    .logprob_n = logprob_N.narrow(0, first, n),
                    .first_row = chunks.first_row},

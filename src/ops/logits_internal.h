@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "capstan/ops/head.h"
+
 namespace capstan::ops {
 
 // fp64 for fp64, else fp32: the dtype of statistics, losses and scales.
@@ -12,5 +14,10 @@ namespace capstan::ops {
 // same pass.
 void cross_entropy_(const at::Tensor& logits_NV, const at::Tensor& targets_N,
                     const at::Tensor& weights_N, const at::Tensor& logprob_N);
+
+// Targets, with labels in place of those that are not ignored (head_weighted_loss). int64 [n].
+[[nodiscard]] at::Tensor draw_labels(const at::Tensor& logits_nV, const at::Tensor& targets_n,
+                                     const at::Tensor& uniform_n, int64_t first_row,
+                                     const VocabularyCut& cut);
 
 }  // namespace capstan::ops

@@ -77,12 +77,15 @@ void DeviceUpdate::step_by(const FlatStep& step, const at::Tensor& state) const 
 void DeviceUpdate::update(const Piece& piece, const FlatStep& step, const at::Tensor& state) const {
   const FlatTensors& t = *piece.tensors;
   const auto* const api = ops::device_kernels();
-  const auto launch = rule_ == UpdateRule::kAdamW ? api->adamw : api->lion;
+  const auto launch = rule_ == UpdateRule::kAdamW  ? api->adamw
+                      : rule_ == UpdateRule::kLion ? api->lion
+                                                   : api->sophia;
   launch({.types = {dtype_of(t.weights), dtype_of(t.gradient), dtype_of(t.first)},
           .beta1 = step.beta1,
           .beta2 = step.beta2,
           .eps = step.eps,
           .weight_decay = step.weight_decay,
+          .rho = step.rho,
           .seed = step.seed,
           .state = data_of<const kernels::StepState>(state),
           .tiles = data_of<const kernels::Tile>(piece.tiles),

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// AdamW and Lion by our kernels on the accelerator: shards are cut into tiles once, the numbers of
-// a step go to the device without the host waiting for it.
+// AdamW, Lion and Sophia by our kernels on the accelerator: shards are cut into tiles once, the
+// numbers of a step go to the device without the host waiting for it.
 #pragma once
 #include <span>
 #include <vector>

@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include "optim/cpu/kernels.h"
+
 namespace capstan::optim {
 namespace {
 
@@ -65,6 +67,25 @@ void update_lion(const Part& p) {
   p.assign(first, first.mul(p.constants.beta2).add(g, 1.0 - p.constants.beta2));
 }
 
+void update_sophia(const Part& p) {
+  const FlatTensors& t = *p.job.tensors;
+  const Tensor first = p.of(t.first), g = p.gradient();
+  p.assign(first, first.mul(p.constants.beta1).add(g, 1.0 - p.constants.beta1));
+  const Tensor curvature = p.of(t.second).mul(p.constants.rho).add(cpu::kTinyCurvature);
+  p.assign(p.of(t.weights), p.decayed().sub(first.div(curvature).clamp(-1, 1).mul(p.shared.lr)));
+}
+
+void update(UpdateRule rule, const Part& part) {
+  switch (rule) {
+    case UpdateRule::kAdamW:
+      return update_adamw(part);
+    case UpdateRule::kLion:
+      return update_lion(part);
+    case UpdateRule::kSophia:
+      return update_sophia(part);
+  }
+}
+
 }  // namespace
 
 void flat_by_numbers(UpdateRule rule, std::span<const FlatJob> jobs, const FlatStep& constants,
@@ -72,7 +93,7 @@ void flat_by_numbers(UpdateRule rule, std::span<const FlatJob> jobs, const FlatS
   const Shared shared = shared_of(constants, numbers);
   for (const FlatJob& job : jobs) {
     const Part part(job, constants, shared);
-    rule == UpdateRule::kAdamW ? update_adamw(part) : update_lion(part);
+    update(rule, part);
     const Tensor& copy = job.tensors->copy;
     if (copy.defined()) part.of(copy).copy_(part.of(job.tensors->weights));
   }

@@ -23,8 +23,8 @@ namespace {
 Tensor& place_of(FlatTensors& tensors, const std::string& kind) {
   if (kind == "exp_avg") return tensors.first;
   if (kind == "exp_avg_scale") return tensors.first_scale;
-  if (kind == "exp_avg_sq") return tensors.second;
-  CAPSTAN_CHECK(kind == "exp_avg_sq_scale", "no state {} in AdamW and Lion", kind);
+  if (kind == "exp_avg_sq" || kind == "hessian") return tensors.second;
+  CAPSTAN_CHECK(kind == "exp_avg_sq_scale", "no state {} in AdamW, Lion and Sophia", kind);
   return tensors.second_scale;
 }
 
@@ -66,12 +66,23 @@ class FlatOptimizer final : public Optimizer {
 
   std::vector<OptimizerState> states() override { return states_; }
 
+  // As the authors' program: the first interval takes all curvatures as 0.
+  [[nodiscard]] bool wants_curvature(int64_t finished_steps) const override {
+    return rule_ == UpdateRule::kSophia && finished_steps > 0 &&
+           finished_steps % recipe_.sophia.interval == 0;
+  }
+
+  void observe_curvature(double tokens) override {
+    for (const FlatJob& job : jobs_) update_curvature(job, recipe_.betas[1], tokens);
+  }
+
  private:
   [[nodiscard]] FlatStep constants(uint64_t seed) const {
     return {.beta1 = recipe_.betas[0],
             .beta2 = recipe_.betas[1],
             .eps = recipe_.eps,
             .weight_decay = recipe_.weight_decay,
+            .rho = recipe_.sophia.rho,
             .seed = seed};
   }
 
@@ -118,6 +129,11 @@ std::unique_ptr<Optimizer> make_adamw(const recipe::Optimizer& recipe,
 std::unique_ptr<Optimizer> make_lion(const recipe::Optimizer& recipe,
                                      const std::vector<parallel::Shard>& shards) {
   return make_flat(UpdateRule::kLion, recipe, shards);
+}
+
+std::unique_ptr<Optimizer> make_sophia(const recipe::Optimizer& recipe,
+                                       const std::vector<parallel::Shard>& shards) {
+  return make_flat(UpdateRule::kSophia, recipe, shards);
 }
 
 }  // namespace capstan::optim

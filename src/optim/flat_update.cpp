@@ -19,7 +19,14 @@ namespace {
 // and the rounding of the copy.
 constexpr int64_t kTaskElements = 16384;
 
-const char* name_of(UpdateRule rule) { return rule == UpdateRule::kAdamW ? "AdamW" : "Lion"; }
+const char* name_of(UpdateRule rule) {
+  return rule == UpdateRule::kAdamW ? "AdamW" : rule == UpdateRule::kLion ? "Lion" : "Sophia";
+}
+
+const cpu::UpdateKernels& kernels_of(UpdateRule rule) {
+  const cpu::Kernels& all = cpu::kernels();
+  return rule == UpdateRule::kAdamW ? all.adamw : rule == UpdateRule::kLion ? all.lion : all.sophia;
+}
 
 template <class T>
 cpu::Factors<T> factors_of(UpdateRule rule, const FlatStep& step, bool decay) {
@@ -36,6 +43,7 @@ cpu::Factors<T> factors_of(UpdateRule rule, const FlatStep& step, bool decay) {
           static_cast<T>(step.lr / bias1),
           static_cast<T>(1.0 / std::sqrt(bias2)),
           static_cast<T>(step.eps),
+          static_cast<T>(step.rho),
           step.seed,
           static_cast<uint64_t>(step.count)};
 }
@@ -55,9 +63,9 @@ bool in_blocks(const FlatTensors& t) { return t.first.scalar_type() == at::kByte
 void check_moments(UpdateRule rule, const FlatJob& job) {
   const FlatTensors& t = *job.tensors;
   const auto dtype = t.weights.scalar_type(), moments = t.first.scalar_type();
-  const bool has_second = rule == UpdateRule::kAdamW, blocks = in_blocks(t);
+  const bool has_second = rule != UpdateRule::kLion, blocks = in_blocks(t);
   const bool fits = moments == dtype || (dtype == at::kFloat && moments == at::kBFloat16) ||
-                    (dtype == at::kFloat && blocks && has_second);
+                    (dtype == at::kFloat && blocks && rule == UpdateRule::kAdamW);
   check_tensor(rule, t, t.first, "first moment", fits);
   CAPSTAN_CHECK(t.second.defined() == has_second, "{} with {} moments", name_of(rule),
                 has_second ? 1 : 2);
@@ -131,7 +139,7 @@ void round_range(const Tensor& weights, const Tensor& copy, int64_t begin, int64
 // On fp32 weights.
 void run_fp32(UpdateRule rule, const FlatJob& task, const cpu::Factors<float>& factors) {
   const auto& all = cpu::kernels();
-  const auto& k = rule == UpdateRule::kAdamW ? all.adamw : all.lion;
+  const auto& k = kernels_of(rule);
   const bool narrow_gradient = task.tensors->gradient.scalar_type() == at::kBFloat16;
   const auto moments = task.tensors->first.scalar_type();
   if (moments == at::kByte)
@@ -147,9 +155,7 @@ void run_fp32(UpdateRule rule, const FlatJob& task, const cpu::Factors<float>& f
 void run(UpdateRule rule, const FlatJob& task, const FlatStep& step) {
   const FlatTensors& t = *task.tensors;
   if (t.weights.scalar_type() == at::kDouble) {
-    const auto& k = cpu::kernels();
-    run_kernel(rule == UpdateRule::kAdamW ? k.adamw.f64 : k.lion.f64, task,
-               factors_of<double>(rule, step, task.decay));
+    run_kernel(kernels_of(rule).f64, task, factors_of<double>(rule, step, task.decay));
     return;
   }
   run_fp32(rule, task, factors_of<float>(rule, step, task.decay));
@@ -171,6 +177,10 @@ void run_by_aten(UpdateRule rule, const FlatJob& job, const FlatStep& step) {
     second.mul_(f.beta2).addcmul_(g, g, f.rest2);
     weights.mul_(f.decay);
     weights.addcdiv_(first, second.sqrt().mul_(f.inverse_root).add_(f.eps), -f.step_size);
+  } else if (rule == UpdateRule::kSophia) {
+    first.mul_(f.beta1).add_(g, f.rest1);
+    const Tensor quotient = first / (part(t.second) * f.rho).add_(cpu::kTinyCurvature);
+    weights.mul_(f.decay).add_(quotient.clamp_(-1, 1), -f.step_size);
   } else {
     const Tensor direction = (first * f.beta1).add_(g, f.rest1).sign_();
     first.mul_(f.beta2).add_(g, f.rest2);
@@ -179,7 +189,20 @@ void run_by_aten(UpdateRule rule, const FlatJob& job, const FlatStep& step) {
   if (t.copy.defined()) part(t.copy).copy_(weights);
 }
 
+constexpr int64_t kCurvatureElements = int64_t{1} << 22;  // at a time, to keep temporaries small
+
 }  // namespace
+
+void update_curvature(const FlatJob& job, double beta2, double tokens) {
+  check_job(UpdateRule::kSophia, job);
+  for (int64_t begin = job.begin; begin < job.end; begin += kCurvatureElements) {
+    const int64_t count = std::min(kCurvatureElements, job.end - begin);
+    const Tensor h = job.tensors->second.narrow(0, begin, count);
+    const Tensor g = job.tensors->gradient.narrow(0, begin, count).to(h.scalar_type());
+    const Tensor made = (g * g).mul_(tokens * (1.0 - beta2)).add_(h, beta2);
+    h.copy_(at::where(at::isfinite(made), made, h));
+  }
+}
 
 void update_flat(UpdateRule rule, std::span<const FlatJob> jobs, const FlatStep& step) {
   CAPSTAN_CHECK(step.count >= 1, "{} update number {}", name_of(rule), step.count);

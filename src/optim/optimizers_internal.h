@@ -10,5 +10,7 @@ namespace capstan::optim {
                                                     const std::vector<parallel::Shard>& shards);
 [[nodiscard]] std::unique_ptr<Optimizer> make_lion(const recipe::Optimizer& recipe,
                                                    const std::vector<parallel::Shard>& shards);
+[[nodiscard]] std::unique_ptr<Optimizer> make_sophia(const recipe::Optimizer& recipe,
+                                                     const std::vector<parallel::Shard>& shards);
 
 }  // namespace capstan::optim

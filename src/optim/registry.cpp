@@ -16,7 +16,8 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::string, OptimizerBuilder> builders{{"adamw", make_adamw}, {"lion", make_lion}};
+  std::map<std::string, OptimizerBuilder> builders{
+      {"adamw", make_adamw}, {"lion", make_lion}, {"sophia", make_sophia}};
 };
 
 Registry& registry() {
@@ -28,6 +29,10 @@ Registry& registry() {
 
 void Optimizer::step_on_device(const StepNumbers&, uint64_t) {
   CAPSTAN_CHECK(false, "an optimizer that does not read numbers on the device was handed some");
+}
+
+void Optimizer::observe_curvature(double) {
+  CAPSTAN_CHECK(false, "an optimizer that keeps no curvature was handed gradients for it");
 }
 
 void register_optimizer(const std::string& name, OptimizerBuilder builder) {

@@ -45,6 +45,8 @@ ops::VocabularyCut vocabulary_cut(const TensorCut& cut) {
   ops::VocabularyCut steps;
   steps.max = [group](const Tensor& x) { group.all_reduce(x, comm::ReduceOp::kMax).wait(); };
   steps.sum = [group](const Tensor& x) { group.all_reduce(x).wait(); };
+  steps.ranks = group.size();
+  steps.rank = group.rank();
   if (cut.sequence) {
     steps.gather = [group](const Tensor& x) { return gather_sequence(group, x); };
     steps.reduce = [group](const Tensor& dx) { return reduce_sequence(group, dx); };

@@ -41,7 +41,10 @@ std::vector<StateSpec> optimizer_states(const recipe::Optimizer& optimizer, DTyp
     if (in_blocks) states.push_back({std::string(kind) + "_scale", DType::kFp32, kStateBlock});
   };
   add("exp_avg");
-  if (optimizer.name != "lion") add("exp_avg_sq");
+  if (optimizer.name == "sophia")
+    add("hessian");
+  else if (optimizer.name != "lion")
+    add("exp_avg_sq");
   return states;
 }
 

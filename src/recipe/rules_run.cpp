@@ -113,7 +113,7 @@ void check_recompute(RuleContext& c) {
 }
 
 // A key that does nothing while another is off must keep its default.
-void check_unused(RuleContext& c, const char* key_path, bool is_on, const char* why) {
+void check_unused(RuleContext& c, const char* key_path, bool is_on, const std::string& why) {
   const Key& key = *find_key(key_path);
   if (is_on || !c.has({key_path})) return;
   const Value value = get_value(key, c.recipe());
@@ -129,7 +129,10 @@ void check_switches(RuleContext& c) {
                  "optimizer.spike_skip.sigma is none, so no step is skipped");
   }
   if (c.has({"optimizer.name"})) {
-    check_unused(c, "optimizer.eps", r.optimizer.name != "lion", "lion takes no root");
+    const std::string& name = r.optimizer.name;
+    check_unused(c, "optimizer.eps", name != "lion" && name != "sophia", name + " takes no root");
+    for (const char* key : {"optimizer.sophia.rho", "optimizer.sophia.interval"})
+      check_unused(c, key, name == "sophia", "optimizer.name is " + name);
   }
   if (c.has({"metrics.trace.first_step"})) {
     check_unused(c, "metrics.trace.steps", r.metrics.trace.first_step.has_value(),
@@ -208,7 +211,8 @@ std::vector<Rule> run_rules() {
       {"`parallel.recompute.parts` is for mode selective, which needs at least one.",
        check_recompute},
       {"Keys that do nothing keep their default: `optimizer.spike_skip.window` without sigma, "
-       "`optimizer.eps` with lion, `metrics.trace.steps` without first_step, "
+       "`optimizer.eps` with lion and sophia, `optimizer.sophia` with others, "
+       "`metrics.trace.steps` without first_step, "
        "`lr_schedule.min_ratio` with constant, `eval.*` "
        "without "
        "`data.validation`, `precision.fp8.gradients` without fp8, `precision.fp8.history` without "

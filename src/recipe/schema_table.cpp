@@ -183,7 +183,8 @@ void add_optimizer_keys(std::vector<Key>& t) {
   t.push_back(
       KEY(optimizer.name,
           "Update rule. lion has one moment and wants a learning rate 3 to 10 times smaller "
-          "than adamw's, with weight_decay as many times larger.")
+          "than adamw's, with weight_decay as many times larger; sophia divides its moment by "
+          "an estimate of the curvature, with betas [0.965, 0.99].")
           .choice());
   t.push_back(KEY(optimizer.moments,
                   "Type of the moments; auto = that of the master weights. bf16: rounded "
@@ -191,12 +192,13 @@ void add_optimizer_keys(std::vector<Key>& t) {
                   "under 4096 elements, with rows of no whole blocks, and the embedding keep auto.")
                   .choice());
   t.push_back(KEY(optimizer.lr, "Peak learning rate.").required().above(0));
-  t.push_back(KEY(optimizer.betas,
-                  "Decay rates of the two moments; with lion of the direction and of its moment.")
-                  .count(2)
-                  .half_open(0, 1));
   t.push_back(
-      KEY(optimizer.eps, "Added to the root of the second moment; not read by lion.").above(0));
+      KEY(optimizer.betas,
+          "Decay rates of the two moments; with lion of the direction and of its moment, with "
+          "sophia of moment and curvature.")
+          .count(2)
+          .half_open(0, 1));
+  t.push_back(KEY(optimizer.eps, "Added to the root of the second moment; adamw only.").above(0));
   t.push_back(KEY(optimizer.weight_decay, "Decoupled decay; not on norms and biases.").at_least(0));
   t.push_back(KEY(optimizer.max_grad_norm,
                   "Gradients with a larger global norm are scaled down to it; "
@@ -214,6 +216,15 @@ void add_optimizer_keys(std::vector<Key>& t) {
                   .above(0));
   t.push_back(KEY(optimizer.spike_skip.window, "Steps the mean and deviation are taken over.")
                   .range(2, 1e6)
+                  .unit("steps"));
+  t.push_back(KEY(optimizer.sophia.rho,
+                  "sophia: the curvature times this divides the moment; weights whose quotient is "
+                  "above 1 move by lr. Larger = fewer of them.")
+                  .above(0));
+  t.push_back(KEY(optimizer.sophia.interval,
+                  "sophia: the curvature is estimated every this many steps, by one more pass on "
+                  "labels drawn from the model's own predictions.")
+                  .range(1, kManySteps)
                   .unit("steps"));
   t.push_back(KEY(lr_schedule.kind, "Shape of the learning rate over the run.").choice());
   t.push_back(

@@ -18,7 +18,7 @@ std::vector<ChoiceKey>& table_of_choices() {
       {"model.hidden_act", {"silu"}, {"gelu", "gelu_pytorch_tanh"}},
       {"model.rope_scaling.rope_type", {"default"}, {"llama3", "linear", "dynamic", "yarn"}},
       {"data.documents", {"joined", "separate"}, {}},
-      {"optimizer.name", {"adamw", "lion"}, {"sophia", "muon"}},
+      {"optimizer.name", {"adamw", "lion", "sophia"}, {"muon"}},
       {"optimizer.moments", {"auto", "bf16", "int8"}, {}},
       {"lr_schedule.kind", {"constant", "linear", "cosine", "wsd", "inverse_sqrt"}, {}},
       {"lr_schedule.unit", {"steps", "tokens"}, {}},

@@ -306,8 +306,12 @@ class Reducer {
     set("model.initializer_range", r_.model.initializer_range, range, "a narrow model");
     set("optimizer.lr", r_.optimizer.lr, 1e-2, "weights move within a few steps");
     // A gradient near zero is rounding, which a smaller eps would blow up to a whole update.
-    if (r_.optimizer.name != "lion" && r_.optimizer.eps < 1e-6)
+    const bool has_root = r_.optimizer.name != "lion" && r_.optimizer.name != "sophia";
+    if (has_root && r_.optimizer.eps < 1e-6)
       set("optimizer.eps", r_.optimizer.eps, 1e-6, "above rounding");
+    if (r_.optimizer.name == "sophia")
+      set("optimizer.sophia.interval", r_.optimizer.sophia.interval,
+          std::min<int64_t>(r_.optimizer.sophia.interval, 2), "within the run");
     if (r_.optimizer.spike_skip.sigma) {
       note("optimizer.spike_skip.sigma", spell(r_.optimizer.spike_skip.sigma), "none",
            "its window is longer than the run");

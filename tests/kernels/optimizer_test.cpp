@@ -1,5 +1,6 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -25,11 +26,19 @@ T from_device(const Memory& memory) {
   return value;
 }
 
+enum class Rule { kAdamW, kLion, kSophia };
+const char* name_of(Rule rule) {
+  return rule == Rule::kAdamW ? "AdamW " : rule == Rule::kLion ? "Lion " : "Sophia ";
+}
+Launcher<OptimizerArgs> launcher_of(Rule rule) {
+  return rule == Rule::kAdamW ? api().adamw : rule == Rule::kLion ? api().lion : api().sophia;
+}
+
 struct Case {
   OptimizerTypes types;
   size_t count;
   std::vector<FlatRange> ranges;
-  bool is_lion = false;
+  Rule rule = Rule::kAdamW;
   size_t shift = 0;
 };
 
@@ -37,7 +46,7 @@ struct Case {
 constexpr uint64_t kFirstIndex = 0xfffffe00;
 
 struct Numbers {
-  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1, lr = 1e-2, scale = 0.5;
+  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1, lr = 1e-2, scale = 0.5, rho = 0.7;
   int64_t count = 3;
 };
 
@@ -50,13 +59,18 @@ void update(const Case& c, const Numbers& n, Reference& r, const Values& gradien
   for (auto i = static_cast<size_t>(range.begin); i < static_cast<size_t>(range.end); ++i) {
     const double g = gradient[i] * n.scale;
     if ((range.flags & kDecay) != 0) r.weights[i] *= 1 - n.lr * n.decay;
-    if (c.is_lion) {
+    if (c.rule == Rule::kLion) {
       const double u = n.beta1 * r.first[i] + (1 - n.beta1) * g;
       r.weights[i] -= n.lr * (u > 0 ? 1 : u < 0 ? -1 : 0);
       r.first[i] = n.beta2 * r.first[i] + (1 - n.beta2) * g;
       continue;
     }
     r.first[i] = n.beta1 * r.first[i] + (1 - n.beta1) * g;
+    if (c.rule == Rule::kSophia) {
+      const double quotient = r.first[i] / (n.rho * r.second[i] + 1e-15);
+      r.weights[i] -= n.lr * std::clamp(quotient, -1.0, 1.0);
+      continue;
+    }
     r.second[i] = n.beta2 * r.second[i] + (1 - n.beta2) * g * g;
     r.weights[i] -= n.lr / (1 - std::pow(n.beta1, t)) * r.first[i] /
                     (std::sqrt(r.second[i] / (1 - std::pow(n.beta2, t))) + n.eps);
@@ -92,6 +106,7 @@ std::vector<Array> run(const Case& c, const Numbers& n, const Inputs& in, const 
                            .beta2 = n.beta2,
                            .eps = n.eps,
                            .weight_decay = n.decay,
+                           .rho = n.rho,
                            .seed = 11,
                            .state = static_cast<const StepState*>(device_state.data()),
                            .tiles = static_cast<const Tile*>(device_tiles.data()),
@@ -99,9 +114,9 @@ std::vector<Array> run(const Case& c, const Numbers& n, const Inputs& in, const 
                            .weights = out[0].data(),
                            .gradient = in.gradient.data(),
                            .first = out[1].data(),
-                           .second = c.is_lion ? nullptr : out[2].data(),
+                           .second = c.rule == Rule::kLion ? nullptr : out[2].data(),
                            .copy = c.types.weights == k32 ? out[3].data() : nullptr};
-  (c.is_lion ? api().lion : api().adamw)(args, nullptr);
+  launcher_of(c.rule)(args, nullptr);
   return out;
 }
 
@@ -137,7 +152,7 @@ void check_moment(const Case& c, const Numbers& n, const Values& actual, const V
 }
 
 void check_case(const Case& c) {
-  SCOPED_TRACE(testing::Message() << (c.is_lion ? "Lion " : "AdamW ") << c.count << ", gradient "
+  SCOPED_TRACE(testing::Message() << name_of(c.rule) << c.count << ", gradient "
                                   << name_of(c.types.gradient) << ", moments "
                                   << name_of(c.types.moments) << ", shift " << c.shift);
   const Numbers n;
@@ -148,7 +163,8 @@ void check_case(const Case& c) {
   for (const FlatRange& range : c.ranges) update(c, n, r, in.gradient.values(), range);
   expect_close(out[0].values(), r.weights, c.types.weights, "weights");
   check_moment(c, n, out[1].values(), r.first, 0, "first moment");
-  if (!c.is_lion) check_moment(c, n, out[2].values(), r.second, 1, "second moment");
+  if (c.rule == Rule::kAdamW) check_moment(c, n, out[2].values(), r.second, 1, "second moment");
+  if (c.rule == Rule::kSophia) EXPECT_EQ(out[2].bytes(), in.second.bytes());
   if (c.types.weights != k32) return;
   const Values copy = out[3].values(), expected = Array(k16, out[0].values()).values();
   for (size_t i = 0; i < c.count; ++i) {
@@ -167,13 +183,13 @@ TEST_F(FlatOptimizer, AllDtypes_MatchReference) {
       {{k32, k16, k16}, 1001, two},
       {{k64, k64, k64}, 1000, two},
       {{k32, k32, k32}, 1, {{0, 1, kDecay}}},
-      {{k32, k32, k32}, 1000, two, false, 1},
+      {{k32, k32, k32}, 1000, two, Rule::kAdamW, 1},
       {{k32, k32, k32}, 9000, {{0, 5000, 0}, {5000, 9000, kDecay}}},
       {{k32, k32, k32}, 16, {}},
   };
   for (Case c : cases)
-    for (const bool is_lion : {false, true}) {
-      c.is_lion = is_lion;
+    for (const Rule rule : {Rule::kAdamW, Rule::kLion, Rule::kSophia}) {
+      c.rule = rule;
       check_case(c);
     }
 }

@@ -57,6 +57,7 @@ std::vector<Case> cases() {
       {"frozen", {"model.frozen=['*', '!*.1.*']"}},
       {"kept", {"precision.keep_fp32=['*norm*']"}},
       {"lion", {"optimizer.name=lion"}},
+      {"sophia", {"optimizer.name=sophia", "optimizer.sophia.interval=2"}},
       {"experts", experts},
       {"experts by sigmoid",
        with({"model.experts.router=sigmoid", "model.experts.z_loss=0.001",
@@ -271,7 +272,8 @@ TEST(Device, EveryOptimizer_HasTheBitsOfTheCpu) {
                                       {"adamw", "bf16"},
                                       {"adamw", "int8"},
                                       {"lion", "auto"},
-                                      {"lion", "bf16"}})
+                                      {"lion", "bf16"},
+                                      {"sophia", "auto"}})
     for (const auto& [gradient, copy] : {std::pair{at::kFloat, at::kBFloat16},
                                          {at::kBFloat16, at::kBFloat16},
                                          {at::kFloat, at::kHalf}}) {
@@ -330,7 +332,7 @@ void expect_no_waits(const TinyRun& run) {
 TEST(Device, TheHostNeverWaitsInAStep) {
   for (const char* more :
        {"optimizer.max_grad_norm=1.0", "data.documents=separate", "precision.compute=bf16",
-        "parallel.recompute.mode=block", "optimizer.name=lion"}) {
+        "parallel.recompute.mode=block", "optimizer.name=lion", "optimizer.name=sophia"}) {
     SCOPED_TRACE(more);
     expect_no_waits({.overrides = {more}});
     ops::install_device_kernels(&test::fake_kernels());

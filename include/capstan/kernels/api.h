@@ -36,7 +36,7 @@ struct Api {
   Launcher<RescaleSumsArgs> rescale_sums;
   Launcher<FinishStatsArgs> finish_stats;
   Launcher<LogitGradientArgs> logit_gradient;
-  Launcher<OptimizerArgs> adamw, lion;
+  Launcher<OptimizerArgs> adamw, lion, sophia;
   Launcher<BlockwiseArgs> adamw_blockwise;
   Launcher<SquaredNormArgs> squared_norm;
   Launcher<DecideStepArgs> decide_step;

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// AdamW and Lion on flat buffers, the gradient norm, and the state of a step that lives on the
-// device so that the host never waits for it. Matches src/optim/flat_update.cpp,
+// AdamW, Lion and Sophia on flat buffers, the gradient norm, and the state of a step that lives on
+// the device so that the host never waits for it. Matches src/optim/flat_update.cpp,
 // src/optim/grad_norm.cpp.
 #pragma once
 #include <span>
@@ -43,6 +43,8 @@ inline constexpr int64_t kTileElements = 4096;
 //   AdamW: w <- w (1 - lr decay); m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2;
 //          w <- w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 //   Lion:  w <- w (1 - lr decay) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g
+//   Sophia: m <- b1 m + (1 - b1) g; w <- w (1 - lr decay) - lr clip(m / (rho h + 1e-15), 1) with
+//          h = second, which is only read
 // bf16 moments are rounded stochastically by Philox bits of (seed, count, the element's index in
 // the model = index of its tile + place in it): words 0 and 1 of a draw for m and v. Bytes per
 // element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10.
@@ -54,6 +56,7 @@ struct OptimizerTypes {
 struct OptimizerArgs {
   OptimizerTypes types;
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  double rho = 0;  // Sophia
   uint64_t seed = 0;
   const StepState* state = nullptr;
   const Tile* tiles = nullptr;
@@ -61,11 +64,12 @@ struct OptimizerArgs {
   void* weights = nullptr;
   const void* gradient = nullptr;
   void* first = nullptr;
-  void* second = nullptr;  // AdamW only
+  void* second = nullptr;  // not Lion
   void* copy = nullptr;    // bf16 beside fp32 weights, or null
 };
 void adamw(const OptimizerArgs& args, Stream stream);
 void lion(const OptimizerArgs& args, Stream stream);
+void sophia(const OptimizerArgs& args, Stream stream);
 
 // AdamW on fp32 weights with 8-bit moments: a block of 256 elements has one scale per moment
 // (dynamic_code.h). The moments of this update go into the weights before they are rounded. Tiles

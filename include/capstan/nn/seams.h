@@ -40,6 +40,9 @@ struct ScoreRequest {
   // makes its gradient in the forward pass, so the backward seed must be 1. Undefined: per-token
   // scores with an ordinary backward.
   Tensor weights_BT;
+  // fp64 in (0, 1), with weights: targets that are not ignored become labels drawn at these
+  // (ops::head_weighted_loss).
+  Tensor uniform_BT = {};
   bool entropy = false;
 };
 struct TokenScores {

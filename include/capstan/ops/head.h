@@ -21,6 +21,7 @@ struct VocabularyCut {
   // Gradient of all tokens by this part of the vocabulary -> whole gradient of this rank's tokens.
   // May write into its argument.
   std::function<Tensor(const Tensor& dx_BTD)> reduce;
+  int ranks = 1, rank = 0;  // of them; rank r holds the rows before those of rank r + 1
   [[nodiscard]] bool is_cut() const { return static_cast<bool>(sum); }
 };
 
@@ -42,10 +43,13 @@ struct WeightedLoss {
 // The loss for known token weights. When a gradient is wanted it is made here, in the forward: the
 // weight's is accumulated at once, that of x is kept. So the seed of the backward must be 1 and the
 // backward runs at most once (both checked), and a forward without a backward leaves its weight
-// gradient behind. Weights of ignored targets do not count.
+// gradient behind. Weights of ignored targets do not count. With `uniform` (fp64, in (0, 1))
+// targets that are not ignored are replaced by labels drawn from the predicted distribution: the
+// first whose probabilities, added up in the order of the vocabulary, exceed it.
 [[nodiscard]] WeightedLoss head_weighted_loss(const Tensor& x_BTD, const Projection& head,
                                               const Tensor& targets_BT, const Tensor& weights_BT,
-                                              const VocabularyCut& cut = {});
+                                              const VocabularyCut& cut = {},
+                                              const Tensor& uniform_BT = {});
 
 // [..., V] of the local part of the vocabulary, without padding. No gradient.
 [[nodiscard]] Tensor head_logits(const Tensor& x, const Projection& head);

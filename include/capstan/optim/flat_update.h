@@ -1,13 +1,19 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// AdamW and Lion on flat memory: one pass reads gradient, weights and moments once and writes
-// weights, moments and the copy in compute dtype. Per element, with the gradient g already scaled:
+// AdamW, Lion and Sophia on flat memory: one pass reads gradient, weights and moments once and
+// writes weights, moments and the copy in compute dtype. Per element, with the gradient g already
+// scaled:
 //   w <- w (1 - lr weight_decay)             only where decay is set (decoupled)
 // AdamW (Loshchilov and Hutter, 2019):
 //   m <- b1 m + (1 - b1) g                   v <- b2 v + (1 - b2) g^2
 //   w <- w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
 // Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, algorithm 2):
 //   w <- w - lr sign(b1 m + (1 - b1) g)      m <- b2 m + (1 - b2) g
+// Sophia-G (Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+// Pre-training", 2023, algorithm 3; no bias correction), with the curvature h as second moment:
+//   m <- b1 m + (1 - b1) g                   w <- w - lr clip(m / (rho h + 1e-15), 1)
+// and beside the updates, with gradients g' of the mean loss of B tokens on labels drawn from the
+// model (algorithm 2):  h <- b2 h + (1 - b2) B g'^2
 // Moments may be narrower than the weights; the numbers of this update are not rounded before w is
 // made:
 //   bf16  rounded stochastically by bits of (seed, t, index of the element in the model)
@@ -24,10 +30,11 @@ namespace capstan::optim {
 
 using at::Tensor;
 
-enum class UpdateRule { kAdamW, kLion };
+enum class UpdateRule { kAdamW, kLion, kSophia };
 
 struct FlatStep {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  double rho = 0;             // Sophia
   double gradient_scale = 1;  // clip factor / loss scale, folded into the pass
   int64_t count = 1;          // number of this update, from 1 (bias correction, random bits)
   uint64_t seed = 0;          // of the bits that round bf16 moments
@@ -48,6 +55,10 @@ struct FlatJob {
   bool decay = true;
   uint64_t index = 0;  // of the first element in the model; bf16 moments only
 };
+// Sophia's curvature out of gradients g' of the job's tensors. tokens: B. Elements whose g' is not
+// finite keep theirs.
+void update_curvature(const FlatJob& job, double beta2, double tokens);
+
 // All jobs in one parallel region. Jobs do not overlap.
 void update_flat(UpdateRule rule, std::span<const FlatJob> jobs, const FlatStep& step);
 

@@ -44,6 +44,11 @@ class Optimizer {
   // for them. Only where reads_device_numbers() is true.
   virtual void step_on_device(const StepNumbers& numbers, uint64_t seed);
   [[nodiscard]] virtual bool reads_device_numbers() const { return false; }
+  // Whether the step after `finished_steps` begins with a pass on labels drawn from the model, and
+  // what that pass is for: its gradients, of a mean over `tokens` tokens, are in the shards. A
+  // function of the count alone.
+  [[nodiscard]] virtual bool wants_curvature(int64_t /*finished_steps*/) const { return false; }
+  virtual void observe_curvature(double tokens);
   // Views of live storage, for checkpoints. Equal order for equal shards.
   [[nodiscard]] virtual std::vector<OptimizerState> states() = 0;
 };

@@ -13,8 +13,12 @@ struct SpikeSkip {
   std::optional<double> sigma;  // none
   int64_t window = 128;
 };
+struct Sophia {
+  double rho = 0.04;
+  int64_t interval = 10;  // steps between estimates of the curvature
+};
 struct Optimizer {
-  std::string name = "adamw";    // adamw | lion
+  std::string name = "adamw";    // adamw | lion | sophia
   std::string moments = "auto";  // auto = type of the master weights | bf16 | int8
   double lr = 0;
   std::vector<double> betas = {0.9, 0.95};
@@ -23,6 +27,7 @@ struct Optimizer {
   std::optional<double> max_grad_norm = 1.0;  // none = no clipping
   int64_t nonfinite_limit = 10;
   SpikeSkip spike_skip;
+  Sophia sophia;
 };
 
 struct Fp8 {

@@ -3,13 +3,16 @@
 // Serial loops on ranges, compiled once per instruction set. Multiplications and additions are
 // never contracted (-ffp-contract=off) and sums run in fixed lanes, so all variants give the same
 // bits. Memory per element of AdamW on fp32: reads 16 bytes, writes 12 (+ 2 with a copy); with bf16
-// moments 12 and 8, with 8-bit ones 10 and 6. Lion has one moment less.
+// moments 12 and 8, with 8-bit ones 10 and 6. Lion has one moment less, Sophia
+// only reads its second.
 #pragma once
 #include <cstdint>
 
 #include "capstan/kernels/dynamic_code.h"
 
 namespace capstan::optim::cpu {
+
+inline constexpr double kTinyCurvature = 1e-15;  // Sophia: keeps 0 / 0 away
 
 template <class T>
 struct Factors {
@@ -18,6 +21,7 @@ struct Factors {
   T step_size;     // AdamW: lr / (1 - beta1^t); Lion: lr
   T inverse_root;  // 1 / sqrt(1 - beta2^t); these two AdamW only
   T eps;
+  T rho;                // Sophia
   uint64_t seed, step;  // bf16 moments
 };
 
@@ -58,7 +62,7 @@ struct UpdateKernels {
 };
 
 struct Kernels {
-  UpdateKernels adamw, lion;
+  UpdateKernels adamw, lion, sophia;
   BlockUpdate<float> adamw_blocks;
   BlockUpdate<uint16_t> adamw_blocks_bf16_gradient;
   void (*to_bf16)(const float* from, uint16_t* to, int64_t count);

@@ -77,6 +77,7 @@ Api make_api() {
                               &LogitGradientArgs::lse, &LogitGradientArgs::weights>;
   api.adamw = kOptimizer<adamw>;
   api.lion = kOptimizer<lion>;
+  api.sophia = kOptimizer<sophia>;
   api.adamw_blockwise = launch<BA, adamw_blockwise, &BA::state, &BA::tiles, &BA::codes,
                                &BA::weights, &BA::gradient_values, &BA::first, &BA::second,
                                &BA::first_scale, &BA::second_scale, &BA::copy>;

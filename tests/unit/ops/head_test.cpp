@@ -46,6 +46,58 @@ Tensor plain_logprob(const Tensor& x, const Tensor& w, const Tensor& targets) {
   return logp.gather(-1, index).squeeze(-1) * valid.to(x.scalar_type());
 }
 
+// One label at a time: the first whose probabilities, added up, exceed u.
+Tensor plain_labels(const Tensor& logits, const Tensor& targets, const Tensor& uniform) {
+  const Tensor labels = targets.clone();
+  const Tensor p = at::softmax(logits.to(at::kDouble), -1);
+  for (int64_t b = 0; b < targets.size(0); ++b)
+    for (int64_t t = 0; t < targets.size(1); ++t) {
+      if (targets[b][t].item<int64_t>() == kIgnoreTarget) continue;
+      const double u = uniform[b][t].item<double>();
+      double sum = 0;
+      int64_t v = 0;
+      for (; v + 1 < p.size(2); ++v)
+        if ((sum += p[b][t][v].item<double>()) > u) break;
+      labels[b][t] = v;
+    }
+  return labels;
+}
+
+Tensor uniform_of(const Problem& p) {
+  const Tensor u = (at::arange(p.samples * p.tokens, at::kDouble) + 0.5).mul_(0.618034);
+  return (u - u.floor()).view({p.samples, p.tokens});
+}
+
+TEST(HeadWeightedLoss, DrawnLabels_TakeThePlaceOfTargets) {
+  for (const auto type : {at::kDouble, at::kFloat}) {
+    PlainStore store(table(kSmall), {.values = type, .gradients = type});
+    const Tensor x = normal({kSmall.samples, kSmall.tokens, kSmall.hidden}, 1).to(type) * 3;
+    const Tensor targets = targets_of(kSmall), weights = weights_of(kSmall).to(type);
+    const Tensor uniform = uniform_of(kSmall);
+    const Tensor labels = plain_labels(head_logits(x, head_of(store)), targets, uniform);
+    EXPECT_GT(labels.ne(targets).sum().item<int64_t>(), 5);
+    const auto drawn = head_weighted_loss(x, head_of(store), targets, weights, {}, uniform);
+    const auto given = head_weighted_loss(x, head_of(store), labels, weights);
+    EXPECT_TRUE(drawn.logprob_BT.equal(given.logprob_BT));
+    EXPECT_TRUE(drawn.loss.equal(given.loss));
+  }
+}
+
+TEST(HeadWeightedLoss, DrawnLabels_FollowTheDistribution) {
+  PlainStore store(table(kChunked), {.values = at::kFloat, .gradients = at::kFloat});
+  // Every token sees the same logits, so the shares of labels are its probabilities.
+  const Tensor x = normal({1, 1, kChunked.hidden}, 4)
+                       .to(at::kFloat)
+                       .expand({kChunked.samples, kChunked.tokens, kChunked.hidden})
+                       .contiguous();
+  const Tensor targets = at::zeros({kChunked.samples, kChunked.tokens}, at::kLong);
+  const auto drawn = head_weighted_loss(x, head_of(store), targets, at::ones_like(targets), {},
+                                        uniform_of(kChunked));
+  const Tensor logp = at::log_softmax(head_logits(x, head_of(store))[0][0].to(at::kDouble), -1);
+  const double entropy = -(logp.exp() * logp).sum().item<double>();
+  EXPECT_NEAR(-drawn.logprob_BT.to(at::kDouble).mean().item<double>(), entropy, 0.02);
+}
+
 // A head that stays in fp32 beside bf16 activations: logits are fp32's.
 TEST(HeadWeightedLoss, WideWeight_GivesWideLogits) {
   for (const Path form : {Path::kFused, Path::kReference}) {

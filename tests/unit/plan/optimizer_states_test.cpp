@@ -32,6 +32,7 @@ TEST(OptimizerStates, AreOneTable) {
   EXPECT_EQ(list("adamw", "auto", DType::kFp64), "exp_avg fp64 1; exp_avg_sq fp64 1; ");
   EXPECT_EQ(list("lion", "auto", DType::kFp32), "exp_avg fp32 1; ");
   EXPECT_EQ(list("lion", "bf16", DType::kFp32), "exp_avg bf16 1; ");
+  EXPECT_EQ(list("sophia", "auto", DType::kFp32), "exp_avg fp32 1; hessian fp32 1; ");
   EXPECT_EQ(list("adamw", "int8", DType::kFp32), list("adamw", "auto", DType::kFp32));
   EXPECT_EQ(list("adamw", "int8", DType::kFp32, UpdateKind::kRowBlock),
             "exp_avg uint8 1; exp_avg_scale fp32 256; "

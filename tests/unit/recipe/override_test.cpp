@@ -99,8 +99,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"eval=3", "eval: got 3, need a map of keys", ""},
         Case{"eval={samples: 1, samples: 2}", "eval.samples: got the key twice", ""},
         Case{"optimizer.name=muon",
-             "optimizer.name: 'muon' is not in this build (has: adamw, lion)", ""},
-        Case{"optimizer.name=adam", "optimizer.name: got 'adam', need one of adamw, lion",
+             "optimizer.name: 'muon' is not in this build (has: adamw, lion, sophia)", ""},
+        Case{"optimizer.name=adam", "optimizer.name: got 'adam', need one of adamw, lion, sophia",
              "'adamw'"},
         Case{"parallel.tensor=0", "parallel.tensor: got 0, need", ""}));
 

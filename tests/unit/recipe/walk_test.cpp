@@ -56,6 +56,8 @@ const std::map<std::string, Overrides> kTied = {
     {"optimizer.spike_skip.window",
      {"optimizer.spike_skip.sigma=6", "optimizer.spike_skip.window=64"}},
     {"precision.master", {"precision.compute=fp64", "precision.master=fp64"}},
+    {"optimizer.sophia.rho", {"optimizer.name=sophia", "optimizer.sophia.rho=0.1"}},
+    {"optimizer.sophia.interval", {"optimizer.name=sophia", "optimizer.sophia.interval=5"}},
     {"precision.gradients", {"precision.compute=fp64", "precision.gradients=fp64"}},
     {"precision.keep_fp32", {"precision.keep_fp32=['*norm*']"}},
     {"precision.residual", {"precision.residual=fp32"}},
