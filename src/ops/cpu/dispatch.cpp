@@ -5,6 +5,7 @@
 #include "ops/cpu/attention_kernels.h"
 #include "ops/cpu/cross_entropy_kernels.h"
 #include "ops/cpu/fp8_kernels.h"
+#include "ops/cpu/layer_norm_kernels.h"
 #include "ops/cpu/norm_kernels.h"
 #include "ops/cpu/rope_kernels.h"
 #include "ops/cpu/swiglu_kernels.h"
@@ -32,6 +33,12 @@ const Kernels& pick(const Kernels& plain, const Kernels& avx2, const Kernels& av
 
 const NormKernels& norm_kernels() {
   static const auto& kernels = pick(norm_plain, norm_avx2, norm_avx512, norm_avx512bf16);
+  return kernels;
+}
+
+const LayerNormKernels& layer_norm_kernels() {
+  static const auto& kernels =
+      pick(layer_norm_plain, layer_norm_avx2, layer_norm_avx512, layer_norm_avx512bf16);
   return kernels;
 }
 

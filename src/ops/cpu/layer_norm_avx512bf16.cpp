@@ -1,0 +1,7 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/cpu/layer_norm_body.h"
+
+namespace capstan::ops::cpu {
+const LayerNormKernels layer_norm_avx512bf16 = kLayerNormKernels;
+}  // namespace capstan::ops::cpu
