@@ -6,6 +6,7 @@
 #include "capstan/base/error.h"
 #include "capstan/base/text.h"
 #include "capstan/nn/model.h"
+#include "nn/gpt2_internal.h"
 #include "nn/llama_internal.h"
 
 namespace capstan::nn {
@@ -14,7 +15,7 @@ namespace {
 struct Registry {
   std::mutex mutex;
   std::map<std::string, ModelBuilder> builders = {
-      {"llama", build_llama}, {"mixtral", build_moe}, {"moe", build_moe}};
+      {"llama", build_llama}, {"mixtral", build_moe}, {"moe", build_moe}, {"gpt2", build_gpt2}};
 };
 
 Registry& registry() {

@@ -49,6 +49,17 @@ Tensor Seams::embed(const Context&, const Tensor& ids_BT, const Param& table_VD,
   return ops::embedding(ids_BT, table_VD, residual);
 }
 
+Tensor Seams::positions(const Context& context, const Tensor& ids_BT) {
+  const param::RowMap& rows = rows_of(context);
+  CAPSTAN_CHECK(rows.positions_are_rows || rows.positions_BT.defined(),
+                "positions are neither rows nor given");
+  if (!rows.positions_BT.defined())
+    return at::arange(ids_BT.size(1), ids_BT.options()).expand(ids_BT.sizes());
+  CAPSTAN_CHECK(rows.positions_BT.sizes() == ids_BT.sizes(), "{} positions for {} tokens",
+                rows.positions_BT.numel(), ids_BT.numel());
+  return rows.positions_BT;
+}
+
 std::vector<Tensor> Seams::column(const Context&, const Tensor& x_BTD,
                                   std::span<const Projection> projections) {
   std::vector<Tensor> outputs;
@@ -64,6 +75,7 @@ Tensor Seams::row(const Context&, const Tensor& y_BTO, const Projection& project
 
 Tensor Seams::turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
                          const AttentionInput& in) {
+  if (!in.rotates) return qkv_BTX;
   const param::RowMap& rows = rows_of(context);
   CAPSTAN_CHECK(rows.positions_are_rows || rows.positions_BT.defined(),
                 "layer {}: positions are neither rows nor given", layer);

@@ -79,6 +79,13 @@ Tensor ParallelSeams::embed(const nn::Context& context, const Tensor& ids_BT,
   return vocabulary_embedding(cut(context), ids_BT, table_VD, residual);
 }
 
+Tensor ParallelSeams::positions(const nn::Context& context, const Tensor& ids_BT) {
+  const Tensor all_BT = Seams::positions(context, ids_BT);
+  if (!cut(context).sequence) return all_BT;
+  const int64_t tokens = all_BT.size(1) / options_.tensor.size();
+  return all_BT.narrow(1, options_.tensor.rank() * tokens, tokens).contiguous();
+}
+
 std::vector<Tensor> ParallelSeams::column(const nn::Context& context, const Tensor& x_BTD,
                                           std::span<const nn::Projection> projections) {
   if (options_.tensor.size() > 1) return column_linear(cut(context), x_BTD, projections);

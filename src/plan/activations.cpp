@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// What one pass of the llama family keeps and needs, tensor by tensor. The table is meant to be
-// read beside the layers in nn: a tensor saved there is a line here. Widths are elements per token.
+// What one pass of the llama and gpt2 families keeps and needs, tensor by tensor. The table is
+// meant to be read beside the layers in nn: a tensor saved there is a line here. Widths are
+// elements per token.
 #include <algorithm>
 #include <bit>
 #include <map>
@@ -16,6 +17,9 @@ using Part = ActivationTerm::Part;
 
 struct Widths {
   int64_t hidden, ffn, query, key_value, heads, vocab, head_size;
+  int64_t column;      // features of the MLP's first product
+  int64_t statistics;  // of a norm
+  std::string column_name, activated_name;
 };
 
 struct TermTable {
@@ -29,12 +33,12 @@ struct TermTable {
   // Rows are cut over the tensor axis outside of column and row layers.
   [[nodiscard]] bool cuts_sequence() const { return kept_tokens() < query.tokens; }
 
-  void add(Part part, const char* name, int64_t elements, DType dtype) {
+  void add(Part part, const std::string& name, int64_t elements, DType dtype) {
     const int64_t bytes = saturating_multiply(elements, static_cast<int64_t>(size_of(dtype)));
     if (bytes > 0) terms.push_back({part, phase, name, allocation_bytes(bytes)});
   }
   // A saved tensor; where it is made again, it is there in some phases of the backward only.
-  void save(bool remade, int first_phase, int last_phase, const char* name, int64_t elements,
+  void save(bool remade, int first_phase, int last_phase, const std::string& name, int64_t elements,
             DType dtype) {
     if (!remade) return add(Part::kLayer, name, elements, dtype);
     for (phase = first_phase; phase <= last_phase; ++phase)
@@ -42,14 +46,14 @@ struct TermTable {
     phase = 0;
   }
   // For all tokens of the rank, and for those that it keeps between tensor-parallel layers.
-  void per_token(Part part, const char* name, int64_t width, DType dtype) {
+  void per_token(Part part, const std::string& name, int64_t width, DType dtype) {
     add(part, name, saturating_multiply(query.tokens, width), dtype);
   }
-  void per_kept(Part part, const char* name, int64_t width, DType dtype) {
+  void per_kept(Part part, const std::string& name, int64_t width, DType dtype) {
     add(part, name, saturating_multiply(kept_tokens(), width), dtype);
   }
   // Saved by the layer and no longer needed in this phase.
-  void release(const char* name, int64_t width, DType dtype, bool kept = false) {
+  void release(const std::string& name, int64_t width, DType dtype, bool kept = false) {
     const size_t before = terms.size();
     if (kept)
       per_kept(Part::kLayerWorkspace, name, width, dtype);
@@ -75,27 +79,27 @@ int64_t attended_width(const Widths& w, const ActivationQuery& q) {
 void add_saved_by_layer(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType compute = q.compute, residual = q.residual, statistics = statistics_dtype(compute);
   const RemadeParts& again = q.remade;
-  const auto attention = [&](const char* name, int64_t width, DType dtype) {
+  const auto attention = [&](const std::string& name, int64_t width, DType dtype) {
     t.save(again.attention, kAttention, kQkv, name, saturating_multiply(q.tokens, width), dtype);
   };
-  const auto mlp = [&](const char* name, int64_t width) {
+  const auto mlp = [&](const std::string& name, int64_t width) {
     t.save(again.mlp, kDownWeight, kGateUp, name, saturating_multiply(q.tokens, width), compute);
   };
-  const auto norm = [&](int first, int last, const char* name) {
+  const auto norm = [&](int first, int last, const std::string& name) {
     t.save(again.norm, first, last, name, saturating_multiply(t.kept_tokens(), w.hidden), compute);
   };
   t.per_kept(Part::kLayer, "residual at the attention norm", w.hidden, residual);
-  t.per_kept(Part::kLayer, "attention norm, scale", 1, statistics);
+  t.per_kept(Part::kLayer, "attention norm, scale", w.statistics, statistics);
   norm(again.attention ? kAttention : kQkv, kQkv, "attention norm, output");
   attention("query, key, value after RoPE", attended_width(w, q), compute);
   attention("attention output", w.query, compute);
   if (q.context > 1 && q.all_to_all) attention("attention output, own heads", w.query, compute);
   attention("attention log-sum-exp", w.heads, statistics);
   t.per_kept(Part::kLayer, "residual at the feed-forward norm", w.hidden, residual);
-  t.per_kept(Part::kLayer, "feed-forward norm, scale", 1, statistics);
+  t.per_kept(Part::kLayer, "feed-forward norm, scale", w.statistics, statistics);
   norm(again.mlp ? kDownWeight : kGateUp, kGateUp, "feed-forward norm, output");
-  mlp("gate and up", 2 * w.ffn);
-  mlp("gate x up", w.ffn);
+  mlp(w.column_name, w.column);
+  mlp(w.activated_name, w.ffn);
   t.per_kept(Part::kBlockInput, "residual at the feed-forward norm", w.hidden, residual);
   t.per_kept(Part::kBlockInput, "layer output, not yet added", w.hidden, compute);
 }
@@ -108,8 +112,8 @@ void add_weight_work(TermTable& t, const Widths& w, const ActivationQuery& q) {
   t.per_token(kPart, "attention output", w.query, q.compute);
   t.per_token(kPart, "gradient of the attention's sum", w.hidden, q.compute);
   t.per_kept(kPart, "feed-forward norm, output", w.hidden, q.compute);
-  t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
-  t.per_token(kPart, "gate x up", w.ffn, q.compute);
+  t.per_token(kPart, "gradient of " + w.column_name, w.column, q.compute);
+  t.per_token(kPart, w.activated_name, w.ffn, q.compute);
   t.per_token(kPart, "gradient of the layer output", w.hidden, q.compute);
 }
 
@@ -148,16 +152,16 @@ void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQ
   begin(kDownWeight, true);  // down projection, weight
   if (adds_apart) t.add(kPart, "gradient of down, to be added", w.ffn * w.hidden, q.compute);
   begin(kDownInput, true);  // down projection, input
-  t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
+  t.per_token(kPart, "gradient of " + w.activated_name, w.ffn, q.compute);
   begin(kActivation, false);  // gate x up
-  t.release("gate x up, free", w.ffn, q.compute);
-  t.per_token(kPart, "gradient of gate x up", w.ffn, q.compute);
-  t.per_token(kPart, "gradient of gate and up", 2 * w.ffn, q.compute);
+  t.release(w.activated_name + ", free", w.ffn, q.compute);
+  t.per_token(kPart, "gradient of " + w.activated_name, w.ffn, q.compute);
+  t.per_token(kPart, "gradient of " + w.column_name, w.column, q.compute);
   begin(kGateUp, false);  // gate and up projections; their gradient takes the place of gate and up
-  t.release("gate x up, free", w.ffn, q.compute);
-  if (q.tensor > 1) add_column_gradient(t, w, q, 2 * w.ffn);
+  t.release(w.activated_name + ", free", w.ffn, q.compute);
+  if (q.tensor > 1) add_column_gradient(t, w, q, w.column);
   if (adds_apart)
-    t.add(kPart, "gradient of gate and up, to be added", 2 * w.ffn * w.hidden, q.compute);
+    t.add(kPart, "gradient of " + w.column_name + ", to be added", w.column * w.hidden, q.compute);
   t.phase = 0;
 }
 
@@ -179,8 +183,8 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
     t.phase = phase;
     t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
     if (q.compute != q.residual) t.per_kept(kPart, "gradient of its sum", w.hidden, q.compute);
-    if (!q.remade.mlp) t.release("gate and up, free", 2 * w.ffn, q.compute);
-    if (!q.remade.mlp) t.release("gate x up, free", w.ffn, q.compute);
+    if (!q.remade.mlp) t.release(w.column_name + ", free", w.column, q.compute);
+    if (!q.remade.mlp) t.release(w.activated_name + ", free", w.ffn, q.compute);
     if (!q.remade.norm) t.release("feed-forward norm, free", w.hidden, q.compute, true);
     t.release("residual at the feed-forward norm, free", w.hidden, q.residual, true);
   };
@@ -204,9 +208,9 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
 // as free, or as taken over by what follows.
 void add_waiting(TermTable& t, const Widths& w, const ActivationQuery& q) {
   for (t.phase = kActivation; t.phase <= kQkv; ++t.phase)
-    t.per_token(Part::kWaiting, "gate x up", w.ffn, q.compute);
+    t.per_token(Part::kWaiting, w.activated_name, w.ffn, q.compute);
   for (t.phase = kAttention; t.phase <= kQkv; ++t.phase) {
-    t.per_token(Part::kWaiting, "gradient of gate and up", 2 * w.ffn, q.compute);
+    t.per_token(Part::kWaiting, "gradient of " + w.column_name, w.column, q.compute);
     t.per_kept(Part::kWaiting, "feed-forward norm, output", w.hidden, q.compute);
     t.per_token(Part::kWaiting, "gradient of the layer output", w.hidden, q.compute);
   }
@@ -220,7 +224,7 @@ void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType statistics = statistics_dtype(q.compute);
   const int64_t chunk = head_chunk_tokens(w.vocab, q.tokens);
   t.per_kept(Part::kHead, "residual at the last norm", w.hidden, q.residual);
-  t.per_kept(Part::kHead, "last norm, scale", 1, statistics);
+  t.per_kept(Part::kHead, "last norm, scale", w.statistics, statistics);
   t.per_kept(Part::kHead, "gradient made in the forward", w.hidden, q.compute);
   t.per_token(Part::kHead, "token scores and weights", 4, statistics);
   t.per_kept(Part::kHeadWorkspace, "last norm, output", w.hidden, q.compute);
@@ -260,14 +264,19 @@ int64_t allocation_bytes(int64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-ActivationBytes llama_activation_bytes(const ModelShape& shape, const ActivationQuery& query) {
+ActivationBytes decoder_activation_bytes(const ModelShape& shape, const ActivationQuery& query,
+                                         const DecoderForm& form) {
   const Widths widths{shape.hidden_size,
                       shape.intermediate_size,
                       shape.num_attention_heads * shape.head_dim,
                       shape.num_key_value_heads * shape.head_dim,
                       shape.num_attention_heads,
                       shape.vocab_size,
-                      shape.head_dim};
+                      shape.head_dim,
+                      form.products * shape.intermediate_size,
+                      form.norm_statistics,
+                      form.column,
+                      form.activated};
   TermTable table{query,
                   {}};  // the embedding's output is the first layer's residual, counted there
   add_saved_by_layer(table, widths, query);
@@ -287,6 +296,10 @@ ActivationBytes llama_activation_bytes(const ModelShape& shape, const Activation
   bytes.weight_work = sum_of(table.terms, Part::kWeightWork);
   bytes.terms = std::move(table.terms);
   return bytes;
+}
+
+ActivationBytes llama_activation_bytes(const ModelShape& shape, const ActivationQuery& query) {
+  return decoder_activation_bytes(shape, query, {});
 }
 
 }  // namespace capstan::plan

@@ -186,7 +186,8 @@ std::string indent(const std::string& lines) {
 
 std::vector<std::pair<std::string, int64_t>> parameter_groups(const std::vector<ParamSpec>& table) {
   static constexpr std::pair<const char*, const char*> kGroups[] = {
-      {"embed", "embedding"},  {"lm_head", "head"},    {"norm", "norms"},
+      {"embed", "embedding"},  {"wte", "embedding"},   {"wpe", "positions"},
+      {"lm_head", "head"},     {"norm", "norms"},      {".ln_", "norms"},
       {"attn", "attention"},   {"expert", "experts"},  {"mlp.gate.", "router"},
       {"moe.gate.", "router"}, {"mlp", "feed-forward"}};
   std::vector<std::pair<std::string, int64_t>> groups;

@@ -12,6 +12,7 @@
 #include "capstan/base/error.h"
 #include "capstan/base/text.h"
 #include "capstan/recipe/values.h"
+#include "plan/gpt2_internal.h"
 #include "plan/llama_internal.h"
 #include "plan/moe_internal.h"
 
@@ -22,7 +23,7 @@ namespace {
 // with the same name the later one counts.
 struct Registry {
   std::mutex mutex;
-  std::list<FamilyDef> families = {llama_family(), mixtral_family(), moe_family()};
+  std::list<FamilyDef> families = {llama_family(), mixtral_family(), moe_family(), gpt2_family()};
 
   const FamilyDef* find(const std::string& name) const {
     const auto it = std::find_if(families.rbegin(), families.rend(),

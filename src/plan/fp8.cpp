@@ -71,7 +71,7 @@ struct LayerProducts {
         std::max<int64_t>(1, shape.num_key_value_heads / grid.tp) * shape.head_dim;
     qkv = {query + 2 * key_value, hidden};
     o = {hidden, query};
-    gate_up = {2 * ffn, hidden};
+    gate_up = {(shape.family == "gpt2" ? 1 : 2) * ffn, hidden};
     down = {hidden, ffn};
     tokens = saturating_multiply(plan.batch.micro_samples, plan.batch.sequence_length / grid.cp);
     on_cpu = plan.resolved.run.device == "cpu";
@@ -180,7 +180,8 @@ void add_fp8_work(ActivationBytes& bytes, const Plan& plan) {
                            .phase = phase,
                            .name = "fp8 factors of a product",
                            .bytes = size});
-  if (plan.model().shape.family == "llama") {
+  const std::string& family = plan.model().shape.family;
+  if (family == "llama" || family == "gpt2") {
     bytes.layer_workspace =
         largest_phase(bytes.terms, Part::kLayerWorkspace, Part::kLayerWorkspace);
     bytes.split_layer_workspace = largest_phase(bytes.terms, Part::kLayerWorkspace, Part::kWaiting);

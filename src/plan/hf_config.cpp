@@ -9,6 +9,7 @@
 #include "capstan/base/json.h"
 #include "capstan/base/text.h"
 #include "capstan/plan/family.h"
+#include "plan/gpt2_internal.h"
 
 namespace capstan::plan {
 namespace {
@@ -139,6 +140,26 @@ double read_rope(Reader& reader, const Json& config) {
   return theta;
 }
 
+// Dropout is training's.
+void read_gpt2(Reader& reader, const Json& config, ModelShape& shape) {
+  shape.layer_norm_eps = reader.number(config, "layer_norm_eps", 1e-5);
+  shape.attention_bias = true;
+  const Json* act = reader.find("hidden_act");
+  if (*act == "gelu" || *act == "gelu_pytorch_tanh")
+    shape.hidden_act = act->get<std::string>();
+  else
+    reader.complain(fmt::format(
+        "activation_function: got {}, need gelu_new, gelu_pytorch_tanh or gelu", act->dump()));
+  if (shape.num_key_value_heads != shape.num_attention_heads)
+    reader.complain("num_key_value_heads: gpt2 has as many as n_head");
+  if (shape.head_dim * shape.num_attention_heads != shape.hidden_size)
+    reader.complain("head_dim: gpt2 has n_embd / n_head");
+  reader.need_neutral("scale_attn_weights", true);
+  reader.need_neutral("scale_attn_by_inverse_layer_idx", false);
+  reader.need_neutral("reorder_and_upcast_attn", false);
+  reader.need_neutral("add_cross_attention", false);
+}
+
 // Settings of training (losses, balancing, capacity) are no part of a model: files carry the
 // coefficient of the auxiliary loss for others to read, and it is not taken from them.
 void write_experts(OrderedJson& config, const ModelShape& shape) {
@@ -226,6 +247,7 @@ void read_experts(Reader& reader, const Json& config, const std::string& type, M
 }  // namespace
 
 std::string to_hf_config(const ModelShape& shape, DType dtype) {
+  if (shape.family == "gpt2") return to_gpt2_config(shape, torch_name(dtype));
   const HfNames names = hf_names(shape);
   OrderedJson config;
   config["architectures"] = {names.architecture};
@@ -255,17 +277,22 @@ std::string to_hf_config(const ModelShape& shape, DType dtype) {
 }
 
 ModelShape from_hf_config(const std::string& json_text, const std::string& origin) {
-  const Json config = json::parse(json_text, origin);
-  if (!config.is_object())
+  const Json as_written = json::parse(json_text, origin);
+  if (!as_written.is_object())
     throw DataError(ErrorText{.module = "plan",
                               .what = "reading the model config " + origin,
-                              .got = std::string("a JSON ") + config.type_name(),
+                              .got = std::string("a JSON ") + as_written.type_name(),
                               .need = "an object"});
-  Reader reader(config, origin);
-  const Json* type = reader.find("model_type");
-  const std::string type_name = type && type->is_string() ? type->get<std::string>() : "";
+  const auto type = as_written.find("model_type");
+  const bool is_named = type != as_written.end() && type->is_string();
+  const std::string type_name = is_named ? type->get<std::string>() : "";
   const std::optional<std::string> family = family_of_hf_type(type_name);
-  if (!family) reader.complain("model_type: got " + (type ? quote(type->dump()) : "nothing"));
+  const bool is_gpt2 = family == "gpt2";
+  const Json config = is_gpt2 ? from_gpt2_keys(as_written) : as_written;
+  Reader reader(config, origin);
+  if (!family)
+    reader.complain("model_type: got " +
+                    (reader.find("model_type") ? quote(type->dump()) : "nothing"));
   ModelShape shape;
   shape.family = family.value_or("");
   shape.vocab_size = reader.size("vocab_size", std::nullopt);
@@ -279,10 +306,10 @@ ModelShape from_hf_config(const std::string& json_text, const std::string& origi
                                 shape.hidden_size, shape.num_attention_heads));
   shape.head_dim = reader.size("head_dim", shape.hidden_size / shape.num_attention_heads);
   shape.max_position_embeddings = reader.size("max_position_embeddings", 2048);
-  shape.rms_norm_eps = reader.number(config, "rms_norm_eps", 1e-6);
+  if (!is_gpt2) shape.rms_norm_eps = reader.number(config, "rms_norm_eps", 1e-6);
   shape.rope_theta = read_rope(reader, config);
   // Files of these may carry the key; it has no effect there.
-  const bool has_no_window = type_name == "llama" || type_name == "qwen2_moe";
+  const bool has_no_window = type_name == "llama" || type_name == "qwen2_moe" || is_gpt2;
   if (!has_no_window && reader.find("sliding_window"))
     shape.sliding_window = reader.size("sliding_window", std::nullopt);
   shape.attention_bias = reader.boolean("attention_bias", false);
@@ -291,9 +318,12 @@ ModelShape from_hf_config(const std::string& json_text, const std::string& origi
   if (shape.num_attention_heads % shape.num_key_value_heads != 0)
     reader.complain(fmt::format("num_attention_heads {} does not divide by num_key_value_heads {}",
                                 shape.num_attention_heads, shape.num_key_value_heads));
-  if (shape.head_dim % 2 != 0) reader.complain(fmt::format("head_dim {} is odd", shape.head_dim));
+  if (is_gpt2)
+    read_gpt2(reader, config, shape);
+  else if (shape.head_dim % 2 != 0)
+    reader.complain(fmt::format("head_dim {} is odd", shape.head_dim));
   read_experts(reader, config, type_name, shape);
-  reader.need_neutral("hidden_act", "silu");
+  if (!is_gpt2) reader.need_neutral("hidden_act", "silu");
   reader.need_neutral("attention_dropout", 0.0);
   reader.need_neutral("mlp_bias", false);
   reader.need_neutral("quantization_config", nullptr);

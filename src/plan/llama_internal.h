@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 #pragma once
+#include <string>
+
 #include "capstan/plan/family.h"
 
 namespace capstan::plan {
@@ -13,6 +15,15 @@ enum LayerPhase { kDownWeight, kDownInput, kActivation, kGateUp, kAttention, kQk
                                     ActivationTerm::Part part, ActivationTerm::Part besides);
 
 [[nodiscard]] FamilyDef llama_family();
+// How the layers of decoders built like llama's differ in what they keep.
+struct DecoderForm {
+  int64_t products = 2;         // of the MLP into its features: gate and up, or one
+  int64_t norm_statistics = 1;  // numbers that a norm keeps of a token
+  std::string column = "gate and up", activated = "gate x up";  // what terms call them
+};
+[[nodiscard]] ActivationBytes decoder_activation_bytes(const ModelShape& shape,
+                                                       const ActivationQuery& query,
+                                                       const DecoderForm& form);
 [[nodiscard]] ActivationBytes llama_activation_bytes(const ModelShape& shape,
                                                      const ActivationQuery& query);
 

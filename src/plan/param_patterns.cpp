@@ -69,7 +69,7 @@ void check_patterns(Draft& draft, const char* key, const std::vector<std::string
     const bool tied_head =
         draft.recipe.model.tie_word_embeddings && pattern.find("lm_head") != std::string::npos;
     draft.refuse({key, quote(pattern), "a pattern that matches a parameter",
-                  tied_head ? "a tied head is model.embed_tokens.weight"
+                  tied_head ? "a tied head is " + table.front().name
                             : fmt::format("the {} names run from {} to {}", table.size(),
                                           table.front().name, table.back().name),
                   "* stands for any run of characters, as in 'model.layers.0.*'"});

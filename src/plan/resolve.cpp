@@ -124,7 +124,7 @@ void resolve_heads(Draft& draft, ModelShape& shape) {
                  "hidden_size / num_attention_heads");
   }
   shape.head_dim = *model.head_dim;
-  if (shape.head_dim % 2 != 0)
+  if (shape.head_dim % 2 != 0 && shape.family != "gpt2")
     draft.refuse({"model.head_dim", std::to_string(shape.head_dim), "an even number",
                   "rotary positions turn pairs of elements", ""});
 }
@@ -156,6 +156,7 @@ ModelShape resolve_shape(Draft& draft) {
   shape.num_attention_heads = model.num_attention_heads;
   shape.hidden_act = model.hidden_act;
   shape.rms_norm_eps = model.rms_norm_eps;
+  shape.layer_norm_eps = model.layer_norm_eps;
   shape.rope_theta = model.rope_theta;
   shape.sliding_window = model.sliding_window;
   shape.attention_bias = model.attention_bias;

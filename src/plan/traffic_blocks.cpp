@@ -48,12 +48,25 @@ class Trained {
   int block_;
 };
 
+// The parameters of a layer that its traffic hangs on; parts of their names.
+struct LayerNames {
+  std::string_view norm, query, out, second_norm, column, row;
+};
+const LayerNames& layer_names(const ModelShape& shape) {
+  static const LayerNames llama{"input_layernorm",          "self_attn.q_proj", "self_attn.o_proj",
+                                "post_attention_layernorm", "mlp.gate_proj",    "mlp.down_proj"};
+  static const LayerNames gpt2{"ln_1", ".attn.q_proj", ".attn.c_proj",
+                               "ln_2", "mlp.c_fc",     "mlp.c_proj"};
+  return shape.family == "gpt2" ? gpt2 : llama;
+}
+
 // A product into split features and one out of them.
 struct Pair {
   bool in = false;       // the gradient of what goes in is wanted
   bool between = false;  // of the split features
   bool column = false;   // the first one's weights are trained
   bool row = false;      // the second one's
+  bool out = false;      // the gradient of what comes out is wanted
 };
 
 class BlockCount {
@@ -76,29 +89,26 @@ class BlockCount {
 
   // Each says whether the gradient of what comes out is wanted.
   [[nodiscard]] bool embedding(const Runs& runs) {
-    const bool trains = Trained(plan_.model().table(), 0)();
+    const Trained trained(plan_.model().table(), 0);
     sum(runs.forwards, shape_.hidden_size * residual_);
-    if (sequence_ && trains) gather(runs.backwards, shape_.hidden_size * residual_);
-    return trains;
+    // Of the vocabulary; learned positions are looked up without their neighbours.
+    if (sequence_ && trained("wte")) gather(runs.backwards, shape_.hidden_size * residual_);
+    return trained();
   }
 
   [[nodiscard]] bool layer(const Runs& runs, int block, bool live) {
     const Trained trained(plan_.model().table(), block);
     if (!has_known_layers(block, trained)) return other_layer(runs, block, live);
-    const bool biases = shape_.attention_bias;
-    Pair heads{.in = live || trained("input_layernorm"),
-               .column = trained("self_attn.q_proj.weight"),
-               .row = trained("self_attn.o_proj.weight")};
-    heads.between = heads.in || heads.column || (biases && trained("self_attn.q_proj.bias"));
+    const LayerNames& names = layer_names(shape_);
+    const Pair heads = pair_of(trained, live || trained(names.norm), names.query, names.out);
     const int64_t again = heads.between ? runs.attention_again : 0;
     pair(runs, heads, again);
     attention({runs.forwards + again, heads.between ? runs.backwards : 0});
-    live = heads.between || heads.row || (biases && trained("self_attn.o_proj.bias"));
-    live = live || trained("post_attention_layernorm");
+    live = heads.out || trained(names.second_norm);
     if (shape_.experts.count > 0) return moe(runs, trained, live);
-    const Pair features = mlp_pair(trained, live, "mlp.");
+    const Pair features = pair_of(trained, live, names.column, names.row);
     pair(runs, features, features.between ? runs.mlp_again : 0);
-    return features.between || features.row;
+    return features.out;
   }
 
   // Log-sum-exp by chunks of tokens; the gradient is made in the forward.
@@ -130,11 +140,19 @@ class BlockCount {
     if (pair.column) gather_parts(runs.backwards);               // the input again
   }
 
-  [[nodiscard]] static Pair mlp_pair(const Trained& trained, bool live, const std::string& prefix) {
-    Pair features{
-        .in = live, .column = trained(prefix + "gate_proj"), .row = trained(prefix + "down_proj")};
-    features.between = live || features.column;
-    return features;
+  [[nodiscard]] static Pair pair_of(const Trained& trained, bool live, std::string_view column,
+                                    std::string_view row) {
+    const auto weight = [&](std::string_view name) {
+      return trained(std::string(name) + ".weight");
+    };
+    const auto bias = [&](std::string_view name) {
+      const std::string full = std::string(name) + ".bias";
+      return trained.knows(full) && trained(full);
+    };
+    Pair pair{.in = live, .column = weight(column), .row = weight(row)};
+    pair.between = live || pair.column || bias(column);
+    pair.out = pair.between || pair.row || bias(row);
+    return pair;
   }
 
   // The experts, the shared one with them: one part for selective recompute, to its end.
@@ -142,7 +160,9 @@ class BlockCount {
     const ExpertNames& names = expert_names(shape_.family);
     const bool has_shared = shape_.experts.shared_intermediate_size > 0;
     const bool trains = trained(names.expert);
-    const Pair shared = has_shared ? mlp_pair(trained, live, names.shared) : Pair{};
+    const Pair shared =
+        has_shared ? pair_of(trained, live, names.shared + "gate_proj", names.shared + "down_proj")
+                   : Pair{};
     const bool learns = live || trains || trained(names.router + ".weight") || shared.between ||
                         shared.row || (shape_.experts.shared_gate && trained(names.shared_gate));
     const int64_t again = learns ? runs.mlp_again : 0;
@@ -159,7 +179,7 @@ class BlockCount {
     const auto [columns, rows] = projections_.at(static_cast<size_t>(block));
     const bool has_mlp = shape_.experts.count == 0 || shape_.experts.shared_intermediate_size > 0;
     const int64_t pairs = has_mlp ? 2 : 1;
-    return trained.knows("self_attn.q_proj.weight") && columns == pairs && rows == pairs;
+    return trained.knows(layer_names(shape_).query) && columns == pairs && rows == pairs;
   }
 
   // Of a family whose layers the plan knows by their weights alone: all of it learns, or none.

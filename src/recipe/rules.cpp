@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "recipe/schema_internal.h"
+
 namespace capstan::recipe {
 
 bool RuleContext::has(std::initializer_list<const char*> keys) const {
@@ -21,11 +23,21 @@ void RuleContext::add(const std::string& key, std::string got, std::string need,
       {origin_of_(key), key, std::move(got), std::move(need), std::move(why), std::move(fix)});
 }
 
+void need_default(RuleContext& c, const char* path, const std::string& why,
+                  const std::string& fix) {
+  const Key& key = *find_key(path);
+  if (!c.has({path})) return;
+  const Value value = get_value(key, c.recipe());
+  if (value == default_value(key)) return;
+  c.add(path, format_value(key, value), format_value(key, default_value(key)), why, fix);
+}
+
 const std::vector<Rule>& rules() {
   static const std::vector<Rule> table = [] {
     std::vector<Rule> all = run_rules();
     for (const Rule& rule : model_rules()) all.push_back(rule);
     for (const Rule& rule : expert_rules()) all.push_back(rule);
+    for (const Rule& rule : gpt2_rules()) all.push_back(rule);
     return all;
   }();
   return table;

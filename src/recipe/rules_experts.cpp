@@ -29,20 +29,12 @@ constexpr const char* kNotMixtral[] = {"model.experts.shared_intermediate_size",
                                        "model.experts.scaling",
                                        "model.experts.bias_update_rate"};
 
-void need_default(RuleContext& c, const char* path, const std::string& why,
-                  const std::string& fix) {
-  const Key& key = *find_key(path);
-  if (!c.has({path})) return;
-  const Value value = get_value(key, c.recipe());
-  if (value == default_value(key)) return;
-  c.add(path, format_value(key, value), format_value(key, default_value(key)), why, fix);
-}
-
 void check_family(RuleContext& c) {
   if (!c.has({"model.family", "model.experts.count"})) return;
   const Model& m = c.recipe().model;
   const bool wants = m.family == "mixtral" || m.family == "moe";
-  const bool is_dense = m.family == "llama";  // of families of users, plan knows the parameters
+  const bool is_dense =
+      m.family == "llama" || m.family == "gpt2";  // of families of users, plan knows the parameters
   if (wants && m.experts.count == 0)
     c.add("model.experts.count", "0", "at least 1", "model.family is " + m.family);
   if (is_dense && m.experts.count > 0)

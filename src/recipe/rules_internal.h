@@ -40,6 +40,9 @@ class RuleContext {
   IsGood is_good_;
 };
 
+// Reports a value that is not the default.
+void need_default(RuleContext& c, const char* path, const std::string& why, const std::string& fix);
+
 struct Rule {
   const char* text;
   void (*check)(RuleContext&);
@@ -48,6 +51,7 @@ struct Rule {
 // Parts of the table, by subject.
 [[nodiscard]] std::vector<Rule> model_rules();
 [[nodiscard]] std::vector<Rule> expert_rules();
+[[nodiscard]] std::vector<Rule> gpt2_rules();
 [[nodiscard]] std::vector<Rule> run_rules();
 
 }  // namespace capstan::recipe

@@ -45,7 +45,7 @@ void check_head_dim(RuleContext& c) {
   const Model& m = c.recipe().model;
   if (!m.head_dim && m.hidden_size % m.num_attention_heads != 0) return;
   const int64_t head_dim = m.head_dim.value_or(m.hidden_size / m.num_attention_heads);
-  if (head_dim % 2 == 0) return;
+  if (head_dim % 2 == 0 || m.family == "gpt2") return;
   c.add(m.head_dim ? "model.head_dim" : "model.num_attention_heads",
         m.head_dim ? std::to_string(head_dim)
                    : fmt::format("{} (head_dim {})", m.num_attention_heads, head_dim),
@@ -154,7 +154,9 @@ std::vector<Rule> model_rules() {
        check_heads},
       {"`model.num_attention_heads` is a multiple of `model.num_key_value_heads`.",
        check_key_value_heads},
-      {"`model.head_dim` is even, since rotary positions turn pairs.", check_head_dim},
+      {"`model.head_dim` is even, since rotary positions turn pairs; any with `model.family: "
+       "gpt2`.",
+       check_head_dim},
       {"`batch.sequence_length` is at most `model.max_position_embeddings`.", check_positions},
       {"`model.vocab_size: auto` needs a `data.tokenizer`.", check_vocabulary},
       {"`precision.master` and `precision.gradients` are fp64 exactly when `precision.compute` is; "

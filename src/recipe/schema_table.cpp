@@ -86,6 +86,7 @@ void add_model_keys(std::vector<Key>& t) {
                   .range(1, kLongest));
   t.push_back(KEY(model.hidden_act, "Activation of the feed-forward layer.").choice());
   t.push_back(KEY(model.rms_norm_eps, "Added to the mean square in RMSNorm.").above(0));
+  t.push_back(KEY(model.layer_norm_eps, "Added to the variance in LayerNorm; gpt2 only.").above(0));
   t.push_back(KEY(model.rope_theta, "Base of the rotary position angles.").above(0));
   t.push_back(KEY(model.rope_scaling.rope_type, "How rotary angles are scaled.").choice());
   t.push_back(KEY(model.sliding_window,

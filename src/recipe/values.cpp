@@ -12,10 +12,10 @@ namespace {
 std::vector<ChoiceKey>& table_of_choices() {
   static std::vector<ChoiceKey> table = {
       {"run.device", {"auto", "cpu", "cuda"}, {}},
-      {"model.family", {"llama", "mixtral", "moe"}, {"qwen2", "mistral", "gpt2"}},
+      {"model.family", {"llama", "mixtral", "moe", "gpt2"}, {"qwen2", "mistral"}},
       {"model.experts.router", {"softmax", "sigmoid"}, {}},
       {"model.experts.auxiliary_scope", {"sequence", "global"}, {}},
-      {"model.hidden_act", {"silu"}, {"gelu", "gelu_pytorch_tanh"}},
+      {"model.hidden_act", {"silu", "gelu", "gelu_pytorch_tanh"}, {}},
       {"model.rope_scaling.rope_type", {"default"}, {"llama3", "linear", "dynamic", "yarn"}},
       {"data.documents", {"joined", "separate"}, {}},
       {"optimizer.name", {"adamw", "lion", "sophia"}, {"muon"}},

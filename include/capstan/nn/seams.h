@@ -29,6 +29,7 @@ struct AttentionSpec {
 
 struct AttentionInput {
   int64_t query_heads = 0, key_value_heads = 0, head_size = 0;
+  bool rotates = true;  // RoPE on q and k, else they are used as they are
   double rope_theta = 10000.0;
   int64_t max_positions = 0;
   AttentionSpec spec;
@@ -59,6 +60,9 @@ class Seams {
   virtual ~Seams() = default;
   virtual Tensor embed(const Context& context, const Tensor& ids_BT, const Param& table_VD,
                        at::ScalarType residual);
+  // Positions of the tokens that this rank has of embed(), int64 [B, t], by the map of the pass:
+  // for tables of learned positions.
+  virtual Tensor positions(const Context& context, const Tensor& ids_BT);
   // Several projections share one gather of x. Returns one output [B, T, O] per projection.
   virtual std::vector<Tensor> column(const Context& context, const Tensor& x_BTD,
                                      std::span<const Projection> projections);
@@ -81,7 +85,7 @@ class Seams {
   virtual Tensor logits(const Context& context, const Tensor& hidden_BTD, const Projection& head);
 
  protected:
-  // RoPE on the q and k heads by the positions of the pass; consumes qkv.
+  // RoPE on the q and k heads by the positions of the pass, unless input says no; consumes qkv.
   [[nodiscard]] static Tensor turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
                                          const AttentionInput& input);
   // score() for any cut of the vocabulary.

@@ -51,6 +51,7 @@ class ParallelSeams : public nn::Seams {
 
   Tensor embed(const nn::Context& context, const Tensor& ids_BT, const nn::Param& table_VD,
                at::ScalarType residual) override;
+  Tensor positions(const nn::Context& context, const Tensor& ids_BT) override;
   std::vector<Tensor> column(const nn::Context& context, const Tensor& x_BTD,
                              std::span<const nn::Projection> projections) override;
   Tensor row(const nn::Context& context, const Tensor& y_BTO,

@@ -154,7 +154,7 @@ struct PlanInputs {
 //   local_shape, flat_begin}]}]}   rank 0 checkpoint_bytes
 [[nodiscard]] std::string plan_json(const Plan& plan);
 // Parameters by what they are for, in order of the table: embedding, attention, feed-forward,
-// norms, head, other.
+// norms, head, other; tables of positions apart.
 [[nodiscard]] std::vector<std::pair<std::string, int64_t>> parameter_groups(
     const std::vector<ParamSpec>& table);
 

@@ -45,6 +45,7 @@ struct ModelShape {
   int64_t max_position_embeddings = 0;
   std::string hidden_act = "silu";
   double rms_norm_eps = 1e-5;
+  double layer_norm_eps = 1e-5;  // gpt2
   double rope_theta = 10000.0;
   std::optional<int64_t> sliding_window;  // keys seen, own position included
   bool attention_bias = false;

@@ -63,6 +63,7 @@ struct Model {
   std::optional<int64_t> max_position_embeddings;  // auto = batch.sequence_length
   std::string hidden_act = "silu";
   double rms_norm_eps = 1e-5;
+  double layer_norm_eps = 1e-5;  // gpt2
   double rope_theta = 10000.0;
   RopeScaling rope_scaling;
   std::optional<int64_t> sliding_window;  // none

@@ -60,7 +60,8 @@ TEST(Configs, LargeModels_HaveTheirSize) {
   const std::pair<const char*, double> sizes[] = {{"llama3/8b-8gpu", 8.03e9},
                                                   {"llama3/70b-64gpu", 70.55e9},
                                                   {"llama3/405b-512gpu", 405.85e9},
-                                                  {"mixtral/8x7b-64gpu", 46.70e9}};
+                                                  {"mixtral/8x7b-64gpu", 46.70e9},
+                                                  {"gpt2/124m", 124.44e6}};
   for (const auto& [name, parameters] : sizes) {
     const auto file = kConfigs / (std::string(name) + ".yaml");
     Topology topology;

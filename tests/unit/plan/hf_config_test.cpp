@@ -46,6 +46,61 @@ TEST(HfConfig, RoundTripsEveryField) {
   expect_equal(from_hf_config(to_hf_config(shape, DType::kFp32), "config.json"), shape);
 }
 
+ModelShape gpt2_shape() {
+  ModelShape shape;
+  shape.family = "gpt2";
+  shape.vocab_size = 50257;
+  shape.hidden_size = 768;
+  shape.intermediate_size = 3072;
+  shape.num_hidden_layers = 12;
+  shape.num_attention_heads = shape.num_key_value_heads = 12;
+  shape.head_dim = 64;
+  shape.max_position_embeddings = 1024;
+  shape.hidden_act = "gelu_pytorch_tanh";
+  shape.attention_bias = shape.tie_word_embeddings = true;
+  return shape;
+}
+
+TEST(HfConfig, Gpt2RoundTrips) {
+  ModelShape shape = gpt2_shape();
+  shape.initializer_range = 0.0123;
+  shape.layer_norm_eps = 3.1e-6;
+  shape.intermediate_size = 1000;
+  for (const char* act : {"gelu", "gelu_pytorch_tanh"}) {
+    shape.hidden_act = act;
+    shape.tie_word_embeddings = !shape.tie_word_embeddings;
+    const ModelShape back = from_hf_config(to_hf_config(shape, DType::kBf16), "config.json");
+    expect_equal(back, shape);
+    EXPECT_EQ(back.layer_norm_eps, shape.layer_norm_eps);
+  }
+  // Their matrices are transposed, so they must not read ours.
+  EXPECT_EQ(Json::parse(to_hf_config(shape, DType::kBf16))["model_type"], "capstan_gpt2");
+}
+
+// As OpenAI's weights come: dropout is training's, gelu_new is gelu_pytorch_tanh.
+TEST(HfConfig, Gpt2AsItIsPublished) {
+  const char* const text =
+      R"({"model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1,
+      "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768,
+      "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257})";
+  expect_equal(from_hf_config(text, "config.json"), gpt2_shape());
+}
+
+TEST(HfConfig, Gpt2OfAnotherKindIsRefused) {
+  Json config = Json::parse(to_hf_config(gpt2_shape(), DType::kFp32));
+  config["activation_function"] = "relu";
+  config["scale_attn_by_inverse_layer_idx"] = true;
+  config["add_cross_attention"] = true;
+  try {
+    (void)from_hf_config(config.dump(), "config.json");
+    FAIL() << "no error";
+  } catch (const DataError& error) {
+    for (const char* word :
+         {"activation_function", "relu", "scale_attn_by_inverse_layer_idx", "add_cross_attention"})
+      EXPECT_THAT(error.what(), HasSubstr(word));
+  }
+}
+
 TEST(HfConfig, NamesTheArchitectureThatComputesTheSame) {
   ModelShape shape = testing::quickstart_shape();
   const auto config = [&] { return Json::parse(to_hf_config(shape, DType::kBf16)); };

@@ -30,6 +30,8 @@ Overrides of_experts(const Overrides& more) {
 const std::map<std::string, Overrides> kTied = {
     {"run.tokens", {"run.steps=none", "run.tokens=640"}},
     {"model.num_key_value_heads", {"model.num_key_value_heads=2"}},
+    {"model.hidden_act", {"model.family=gpt2", "model.hidden_act=gelu"}},
+    {"model.layer_norm_eps", {"model.family=gpt2", "model.layer_norm_eps=1.0e-6"}},
     {"model.max_position_embeddings", {"model.max_position_embeddings=32"}},
     {"model.family", of_experts({})},
     {"model.experts.count", of_experts({})},
