@@ -214,6 +214,10 @@ const std::string kNarrow =
     "vocab_size: 512, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
 
+const std::string kGpt2 =
+    "family: gpt2, vocab_size: 512, hidden_size: 128, intermediate_size: 512, num_hidden_layers: "
+    "8, num_attention_heads: 4";
+
 const std::string kExperts =
     "family: moe, vocab_size: 512, hidden_size: 128, intermediate_size: 176, num_hidden_layers: 4, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false, experts: {count: "
@@ -276,6 +280,20 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"all_to_all", 2, kNarrow,
                      "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "context: {size: 2, method: all_to_all}"},
+        LayoutRecipe{"gpt2", 2, kGpt2,
+                     "global_samples: 64, micro_samples: 32, sequence_length: 256", "data: 2"},
+        LayoutRecipe{"gpt2_bf16", 2, kGpt2,
+                     "global_samples: 64, micro_samples: 32, sequence_length: 256", "data: 2",
+                     "bf16"},
+        LayoutRecipe{"gpt2_tensor_sequence", 2, kGpt2,
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
+                     "tensor: 2, sequence: true"},
+        LayoutRecipe{"gpt2_selective", 2, kGpt2,
+                     "global_samples: 128, micro_samples: 64, sequence_length: 256",
+                     "recompute: {mode: selective, parts: [attention, mlp, norm]}"},
+        LayoutRecipe{"gpt2_zero_bubble", 2, kGpt2,
+                     "global_samples: 64, micro_samples: 16, sequence_length: 256",
+                     "pipeline: {size: 2, schedule: zero_bubble}"},
         LayoutRecipe{"experts", 2, kExperts,
                      "global_samples: 64, micro_samples: 32, sequence_length: 256",
                      "expert: 2, zero: {stage: 1}"},

@@ -88,8 +88,10 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   auto& v = drawn.values;
   settle(v["tp"] == "1", "sp", "false");
   settle(v["sp"] == "false", "sp_overlap", "false");
-  settle(v["family"] == "llama", "ep", "1");
-  settle(v["family"] == "llama", "router", "softmax");
+  settle(v["family"] != "moe", "ep", "1");
+  settle(v["family"] != "moe", "router", "softmax");
+  settle(v["family"] == "gpt2", "kv", "4");
+  settle(v["family"] == "gpt2", "window", "none");
   settle(v["schedule"] == "gpipe" || v["schedule"] == "1f1b", "chunks", "1");
   settle(v["schedule"] == "interleaved" && v["chunks"] == "1", "chunks", "2");
   settle(v["schedule"] == "zero_bubble" && v["chunks"] == "3", "chunks", "2");
@@ -111,7 +113,7 @@ std::vector<Pair> pairs_of(const LayoutCase& layout) {
 
 const std::vector<LayoutAxis>& model_axes() {
   static const std::vector<LayoutAxis> axes = {
-      {"family", {"llama", "moe"}},
+      {"family", {"llama", "moe", "gpt2"}},
       {"router", {"softmax", "sigmoid"}},
       {"tied", {"false", "true"}},
       {"kv", {"2", "4", "1"}},
@@ -174,17 +176,35 @@ std::vector<std::string> LayoutCase::overrides() const {
     for (const char* key : {"model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
                             "model.experts.auxiliary_scope=global"})
       list.push_back(key);
+  const bool is_gpt2 = values.at("family") == "gpt2";
   // `most` leaves an MLP whose input needs no gradient, and single norms.
   static const std::map<std::string, std::string> frozen = {
       {"none", "[]"},
       {"embedding", "['model.embed_tokens.*']"},
       {"attention", "['model.layers.1.self_attn.*']"},
       {"most", "['*', '!model.layers.2.mlp.*', '!*.3.input_layernorm.weight', '!model.norm.*']"}};
-  list.push_back("model.frozen=" + frozen.at(values.at("frozen")));
+  static const std::map<std::string, std::string> gpt2_frozen = {
+      {"none", "[]"},
+      {"embedding", "['transformer.wte.*']"},
+      {"attention", "['transformer.h.1.attn.*']"},
+      {"most", "['*', '!transformer.h.2.mlp.*', '!*.3.ln_1.weight', '!transformer.ln_f.*']"}};
+  std::string patterns = (is_gpt2 ? gpt2_frozen : frozen).at(values.at("frozen"));
+  // Of the gradient of gpt2's key biases rounding is all there is (a number added to all scores of
+  // a query changes nothing): Adam would scale it up, Lion take its sign.
+  if (is_gpt2 && values.at("optimizer") == "adamw") list.push_back("optimizer.eps=1.0e-6");
+  if (is_gpt2 && values.at("optimizer") == "lion") {
+    patterns.pop_back();
+    for (const char* part : {"q", "k", "v"})  // one product reads all three
+      patterns += std::string(patterns == "[" ? "" : ", ") + "'*." + part + "_proj.bias'";
+    patterns += "]";
+  }
+  list.push_back("model.frozen=" + patterns);
   // In fp64 this splits the flat buffers and nothing else.
   static const std::map<std::string, std::string> kept = {
       {"none", "[]"}, {"norms", "['*norm*']"}, {"matrices", "['*mlp*', '*.1.self_attn.*']"}};
-  list.push_back("precision.keep_fp32=" + kept.at(values.at("kept")));
+  static const std::map<std::string, std::string> gpt2_kept = {
+      {"none", "[]"}, {"norms", "['*.ln_*']"}, {"matrices", "['*mlp*', '*.1.attn.*']"}};
+  list.push_back("precision.keep_fp32=" + (is_gpt2 ? gpt2_kept : kept).at(values.at("kept")));
   if (compute != "fp64")
     list.push_back("optimizer.lr=1.0e-3");  // else noise grows from step to step
   if (values.at("zero") != "0") list.push_back("parallel.zero.shard_size=" + values.at("dp_shard"));

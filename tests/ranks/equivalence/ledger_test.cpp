@@ -127,6 +127,8 @@ TEST(Ledger, OddLayouts_SendWhatThePlanPredicts) {
   const std::vector<std::string> cut = {"parallel.tensor=2", "parallel.sequence=true",
                                         "batch.sequence_length=16", "parallel.context.size=2"};
   const std::string bias_only = "model.frozen=['*', '!*.1.*.bias', '!*.0.self_attn.o_proj.bias']";
+  const std::vector<std::string> gpt2 = {"parallel.tensor=2", "parallel.sequence=true",
+                                         "model.family=gpt2", "model.num_key_value_heads=4"};
   const auto with = [](std::vector<std::string> list, const std::vector<std::string>& more) {
     list.insert(list.end(), more.begin(), more.end());
     return list;
@@ -154,6 +156,12 @@ TEST(Ledger, OddLayouts_SendWhatThePlanPredicts) {
         .frozen_blocks = {0, 1, 2}}},
       {"frozen all but biases",
        {.ranks = 4, .overrides = with(cut, {"model.attention_bias=true", bias_only})}},
+      {"gpt2, frozen all but biases",
+       {.ranks = 2, .overrides = with(gpt2, {"model.frozen=['*', '!*.1.*proj.bias']"})}},
+      {"gpt2, frozen all but positions",
+       {.ranks = 2, .overrides = with(gpt2, {"model.frozen=['*', '!*wpe*']"})}},
+      {"gpt2, frozen all but one bias of the MLP",
+       {.ranks = 2, .overrides = with(gpt2, {"model.frozen=['*', '!*.1.mlp.c_fc.bias']"})}},
       {"frozen all but outputs",
        {.ranks = 2,
         .overrides = {"parallel.tensor=2", "parallel.sequence=true",
