@@ -154,7 +154,9 @@ std::string describe_memory(const Plan& plan) {
   add("activations", m.activations, "kept from forward to backward");
   add("workspace", m.workspace, "largest transient need, exchanges included");
   add("communication", m.communication, "staging of gradient sums between processes");
-  add("data", m.data, "ids, targets, positions, rotary table");
+  add("data", m.data,
+      plan.model().shape.family == "gpt2" ? "ids, targets, positions"
+                                          : "ids, targets, positions, rotary table");
   if (m.checkpoint_snapshot > 0)
     text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
                                 format_bytes(m.checkpoint_snapshot)));

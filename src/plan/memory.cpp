@@ -62,9 +62,11 @@ int64_t data_bytes(const Plan& plan) {
   if (cp > 1)
     per_batch +=
         rows(batch.sequence_length / cp) + stored_bytes(batch.sequence_length / cp, DType::kInt64);
+  const int64_t all = saturating_multiply(batch.micro_batches, per_batch);
+  const ModelShape& shape = plan.model().shape;
+  if (shape.family == "gpt2") return all;  // its positions are parameters
   const DType angles = plan.precision.compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
-  return saturating_multiply(batch.micro_batches, per_batch) +
-         2 * stored_bytes(batch.sequence_length * (plan.model().shape.head_dim / 2), angles);
+  return all + 2 * stored_bytes(batch.sequence_length * (shape.head_dim / 2), angles);
 }
 
 // Of master weights and states of the optimizer.

@@ -282,6 +282,18 @@ class Reducer {
         "micro-batches x micro_samples x data");
   }
 
+  // What is added to all scores of a query changes nothing, so the gradient of gpt2's key biases
+  // is rounding, of which Lion takes the sign. One product reads queries and values with them.
+  void freeze_key_biases() {
+    if (r_.model.family != "gpt2" || r_.optimizer.name != "lion") return;
+    std::vector<std::string>& patterns = r_.model.frozen;
+    const std::string before = join(patterns, " ");
+    for (const char* pattern : {"*.q_proj.bias", "*.k_proj.bias", "*.v_proj.bias"})
+      patterns.emplace_back(pattern);
+    note("model.frozen", before.empty() ? "nothing" : before, join(patterns, " "),
+         "rounding is no part of a layout");
+  }
+
   // Numbers that make every part of a few steps count.
   void set_numbers() {
     if (whole_.precision.reduction != whole_.precision.gradients)
@@ -312,6 +324,7 @@ class Reducer {
     if (r_.optimizer.name == "sophia")
       set("optimizer.sophia.interval", r_.optimizer.sophia.interval,
           std::min<int64_t>(r_.optimizer.sophia.interval, 2), "within the run");
+    freeze_key_biases();
     if (r_.optimizer.spike_skip.sigma) {
       note("optimizer.spike_skip.sigma", spell(r_.optimizer.spike_skip.sigma), "none",
            "its window is longer than the run");

@@ -59,6 +59,18 @@ TEST(Prove, Layouts_ComputeTheRunOfOneRank) {
   }
 }
 
+// Its key biases get gradients that are rounding alone.
+TEST(Prove, Gpt2WithEitherOptimizer) {
+  for (const char* optimizer : {"adamw", "lion"}) {
+    const ProveReport report =
+        prove(options_of({"model.family=gpt2", "model.num_key_value_heads=auto", "parallel.data=1",
+                          "parallel.tensor=2", "parallel.sequence=true",
+                          std::string("optimizer.name=") + optimizer}));
+    SCOPED_TRACE(optimizer);
+    EXPECT_TRUE(report.is_proven()) << describe(*report.first, report.bar);
+  }
+}
+
 TEST(Prove, AnOpenDataAxis_GetsTwoGroups) {
   EXPECT_EQ(plan_whole_run(options_of({})).grid.size(), 2);
   EXPECT_EQ(plan_whole_run(options_of({"parallel.zero.stage=3", "parallel.zero.shard_size=2"}))
