@@ -27,6 +27,14 @@ Pattern parse(std::string_view text) {
 constexpr int kExperts = -2;
 int unit_of(const ParamSpec& spec) { return spec.expert >= 0 ? kExperts : spec.fuse_group; }
 
+// "model.layers.0.", or as the family names its first layer.
+std::string first_layer(const std::vector<ParamSpec>& table) {
+  for (const ParamSpec& spec : table)
+    if (const size_t at = spec.name.find(".0."); at != std::string::npos)
+      return spec.name.substr(0, at + 3);
+  return table.front().name;
+}
+
 }  // namespace
 
 bool matches_any(const std::vector<ParamSpec>& table, std::string_view pattern) {
@@ -68,11 +76,12 @@ void check_patterns(Draft& draft, const char* key, const std::vector<std::string
     if (matches_any(table, pattern)) continue;
     const bool tied_head =
         draft.recipe.model.tie_word_embeddings && pattern.find("lm_head") != std::string::npos;
-    draft.refuse({key, quote(pattern), "a pattern that matches a parameter",
-                  tied_head ? "a tied head is " + table.front().name
-                            : fmt::format("the {} names run from {} to {}", table.size(),
-                                          table.front().name, table.back().name),
-                  "* stands for any run of characters, as in 'model.layers.0.*'"});
+    draft.refuse(
+        {key, quote(pattern), "a pattern that matches a parameter",
+         tied_head ? "a tied head is " + table.front().name
+                   : fmt::format("the {} names run from {} to {}", table.size(), table.front().name,
+                                 table.back().name),
+         fmt::format("* stands for any run of characters, as in '{}*'", first_layer(table))});
   }
 }
 

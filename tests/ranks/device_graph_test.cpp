@@ -29,6 +29,7 @@ std::vector<std::vector<std::string>> cases() {
           {"precision.compute=bf16"},
           {"parallel.recompute.mode=block"},
           {"optimizer.max_grad_norm=none"},
+          {"model.family=gpt2", "model.num_key_value_heads=4", "data.documents=separate"},
           {"model.frozen=['*', '!*.1.*']"}};
 }
 
