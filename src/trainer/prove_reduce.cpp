@@ -282,10 +282,15 @@ class Reducer {
         "micro-batches x micro_samples x data");
   }
 
+  // Of the second moment; rules without one move weights by signs.
+  [[nodiscard]] bool has_root() const {
+    return r_.optimizer.name != "lion" && r_.optimizer.name != "sophia";
+  }
+
   // What is added to all scores of a query changes nothing, so the gradient of gpt2's key biases
   // is rounding, of which Lion takes the sign. One product reads queries and values with them.
   void freeze_key_biases() {
-    if (r_.model.family != "gpt2" || r_.optimizer.name != "lion") return;
+    if (r_.model.family != "gpt2" || has_root()) return;
     std::vector<std::string>& patterns = r_.model.frozen;
     const std::string before = join(patterns, " ");
     for (const char* pattern : {"*.q_proj.bias", "*.k_proj.bias", "*.v_proj.bias"})
@@ -318,8 +323,7 @@ class Reducer {
     set("model.initializer_range", r_.model.initializer_range, range, "a narrow model");
     set("optimizer.lr", r_.optimizer.lr, 1e-2, "weights move within a few steps");
     // A gradient near zero is rounding, which a smaller eps would blow up to a whole update.
-    const bool has_root = r_.optimizer.name != "lion" && r_.optimizer.name != "sophia";
-    if (has_root && r_.optimizer.eps < 1e-6)
+    if (has_root() && r_.optimizer.eps < 1e-6)
       set("optimizer.eps", r_.optimizer.eps, 1e-6, "above rounding");
     if (r_.optimizer.name == "sophia")
       set("optimizer.sophia.interval", r_.optimizer.sophia.interval,
