@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "capstan/base/check.h"
+#include "capstan/ops/path.h"
 
 namespace capstan::ops {
 namespace {
@@ -37,6 +38,20 @@ Fp8Linear* fp8_of(const Projection& projection, LinearMode mode) {
 }
 
 bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
+
+// GPUs multiply 16-bit factors and add fp32 products to the buffer in one GEMM. CPUs do not.
+bool multiplies_wide(const Tensor& buffer, const Tensor& factor) {
+  return path() == Path::kFused && !factor.is_cpu() && buffer.scalar_type() == at::kFloat &&
+         (factor.scalar_type() == at::kBFloat16 || factor.scalar_type() == at::kHalf);
+}
+
+void add_wide_product(const param::GradSlot& slot, const Tensor& grad_ON, const Tensor& x_ND) {
+  Tensor buffer = slot.buffer;
+  if (slot.overwrite)
+    at::mm_out(buffer, grad_ON, x_ND, at::kFloat);
+  else
+    at::addmm_out(buffer, buffer, grad_ON, x_ND, at::kFloat);
+}
 
 }  // namespace
 
@@ -72,7 +87,10 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in) {
   at::NoGradGuard no_grad;
   const Tensor x_ND = x_in.to(grad_NO.scalar_type());
-  if (!have_same_type(slot.buffer, grad_NO)) {
+  if (multiplies_wide(slot.buffer, grad_NO)) {
+    add_wide_product(slot, grad_NO.t(), x_ND);
+    slot.overwrite = false;
+  } else if (!have_same_type(slot.buffer, grad_NO)) {
     param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
   } else if (slot.overwrite) {
     at::mm_out(slot.buffer, grad_NO.t(), x_ND);

@@ -33,7 +33,8 @@ void linear_weight_gradient(const Projection& projection, const Tensor& grad, co
                             bool with_bias, LinearMode mode = {});
 // The bias part alone; nothing for a projection without bias.
 void linear_bias_gradient(const Projection& projection, const Tensor& grad);
-// slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree.
+// slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree, and on GPUs also
+// from 16-bit factors into an fp32 buffer.
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND);
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
                        const Projection& projection, LinearMode mode);

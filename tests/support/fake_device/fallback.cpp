@@ -11,6 +11,7 @@
 #include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_generator.h"
+#include "support/fake_device/gpu_ops.h"
 #include "support/fake_device/host_tensor.h"
 #include "support/fake_device/memory.h"
 
@@ -113,7 +114,11 @@ class HostCall {
     note(uses, now_);
     {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;
-      op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack_);
+      constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CPU);
+      if (const c10::KernelFunction* const kernel = gpu_op(op_.operator_name()))
+        kernel->callBoxed(op_, kKeys, &stack_);
+      else
+        op_.redispatchBoxed(kKeys, &stack_);
     }
     adopt_resized();
     give_results();
