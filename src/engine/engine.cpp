@@ -19,6 +19,7 @@
 #include "capstan/optim/optimizer.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/plan/frozen.h"
+#include "engine/attention_note_internal.h"
 #include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
 #include "engine/micro_batch_internal.h"
@@ -92,6 +93,7 @@ struct Engine::Impl {
       graph.emplace(*device::accelerator());
     }
     if (mesh.rank() != 0) return;
+    log_attention(plan, device);
     if (reason.empty())
       log::info("engine", "steps are decided on the device{}, their reports come one step late",
                 graph ? " and launched as two graphs" : "");
@@ -120,6 +122,12 @@ struct Engine::Impl {
     s[3] = squares.is_finite ? 0 : 1;
     world.all_reduce(sums).wait();
     return {s[0], s[1], s[2] == 0, s[3] == 0, target_tokens};
+  }
+
+  // Of one micro-batch or all of a step.
+  template <class Rows>
+  [[nodiscard]] Rows parts_of(const Rows& rows) const {
+    return cut_rows(finds_documents ? find_documents(rows) : rows, context.size(), context.rank());
   }
 
   // What only ranks of the last stage have, on all.
@@ -261,6 +269,7 @@ struct Engine::Impl {
   plan::Plan plan;
   mesh::Mesh& mesh;
   const at::Device device = device::run_device();
+  const bool finds_documents = uses_document_starts(plan, device);
   parallel::ParallelModel model;
   StepControl control;
   Executor executor;
@@ -288,7 +297,7 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   Impl& e = *impl_;
   check_batches(rows, e.plan.batch);
   if (!e.device.is_cpu()) check_ids(rows, e.plan.model().shape.vocab_size);
-  const auto batches = cut_rows(rows, e.context.size(), e.context.rank());
+  const auto batches = e.parts_of(rows);
   // What weights are divided by must be known before any forward.
   const Tensor counts = at::empty({2}, at::kDouble);
   auto* c = counts.data_ptr<double>();
@@ -324,7 +333,7 @@ void Engine::evaluate(const MicroBatch& rows, const std::function<void(const Ten
   Impl& e = *impl_;
   check_batch(rows);
   if (!e.device.is_cpu()) check_ids({rows}, e.plan.model().shape.vocab_size);
-  const MicroBatch batch = to_device(cut_rows(rows, e.context.size(), e.context.rank()), e.device);
+  const MicroBatch batch = to_device(e.parts_of(rows), e.device);
   const param::Context context = e.without_gradient(param::Mode::kEval, batch.rows);
   Tensor logprob_BT = e.executor.eval_logprob(context, batch);
   if (logprob_BT.defined() && e.mesh.coord().tp == 0) {

@@ -119,6 +119,7 @@ MicroBatch to_device(const MicroBatch& batch, at::Device device) {
   MicroBatch on_device{moved(batch.ids_BT), moved(batch.targets_BT), batch.rows};
   on_device.rows.positions_BT = moved(batch.rows.positions_BT);
   on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);
+  on_device.rows.documents.starts = moved(batch.rows.documents.starts);
   return on_device;  // row_index_T is read on the CPU
 }
 
@@ -126,6 +127,19 @@ std::vector<MicroBatch> to_device(const std::vector<MicroBatch>& batches, at::De
   std::vector<MicroBatch> on_device;
   for (const MicroBatch& batch : batches) on_device.push_back(to_device(batch, device));
   return on_device;
+}
+
+MicroBatch find_documents(const MicroBatch& rows) {
+  MicroBatch batch = rows;
+  if (rows.rows.first_key_BT.defined())
+    batch.rows.documents = param::document_starts(rows.rows.first_key_BT);
+  return batch;
+}
+
+std::vector<MicroBatch> find_documents(const std::vector<MicroBatch>& rows) {
+  std::vector<MicroBatch> batches;
+  for (const MicroBatch& batch : rows) batches.push_back(find_documents(batch));
+  return batches;
 }
 
 MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank) {

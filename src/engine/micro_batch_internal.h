@@ -19,6 +19,9 @@ void check_batch(const MicroBatch& batch);
 
 // Ids and targets must be looked at before they are on a device, where ops do not read them.
 void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size);
+// Whole rows with the starts of their documents.
+[[nodiscard]] MicroBatch find_documents(const MicroBatch& rows);
+[[nodiscard]] std::vector<MicroBatch> find_documents(const std::vector<MicroBatch>& rows);
 // What blocks and head read of a micro-batch; the same tensors on the CPU.
 [[nodiscard]] MicroBatch to_device(const MicroBatch& batch, at::Device device);
 [[nodiscard]] std::vector<MicroBatch> to_device(const std::vector<MicroBatch>& batches,

@@ -20,8 +20,11 @@ class RecordedWork {
   ~RecordedWork();
   RecordedWork(const RecordedWork&) = delete;
   RecordedWork& operator=(const RecordedWork&) = delete;
-  // Every call is of the same work: the same ops on the same memory.
+  // Every call is of the same work: the same ops on the same memory, until it is forgotten.
   void run(const std::function<void()>& work);
+  // The work is another one from here on: it is run as it is once, and recorded anew. The host
+  // waits.
+  void forget();
 
  private:
   void record(const std::function<void()>& work);
@@ -36,7 +39,7 @@ class StepGraph {
   explicit StepGraph(device::Accelerator& accelerator) : passes(accelerator), update(accelerator) {}
 
   // The values of a step's micro-batches, and the weights of their tokens as the head reads them,
-  // in tensors that stay where they are.
+  // in tensors that stay where they are. With more documents than ever the graphs are forgotten.
   void load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights);
   [[nodiscard]] const std::vector<MicroBatch>& batches() const { return batches_; }
   [[nodiscard]] const std::vector<Tensor>& weights() const { return weights_; }
@@ -46,6 +49,9 @@ class StepGraph {
   Tensor loss;          // what the passes leave for the update
 
  private:
+  void make_room(const std::vector<MicroBatch>& batches);
+
+  int64_t places_ = 0;  // of starts of documents, in each micro-batch
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> weights_;
 };

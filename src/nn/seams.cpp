@@ -91,9 +91,11 @@ Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,
   const Tensor turned_BTX = turn_heads(context, layer, qkv_BTX, in);
   const param::RowMap& rows = rows_of(context);
   if (context.cache) return attend_cached(context, layer, turned_BTX, in);
-  return ops::attention(
-      turned_BTX, {in.query_heads, in.key_value_heads, in.head_size, in.spec.scale},
-      {.sliding_window = in.spec.sliding_window, .first_key_BT = rows.first_key_BT});
+  return ops::attention(turned_BTX,
+                        {in.query_heads, in.key_value_heads, in.head_size, in.spec.scale},
+                        {.sliding_window = in.spec.sliding_window,
+                         .first_key_BT = rows.first_key_BT,
+                         .documents = rows.documents});
 }
 
 TokenScores Seams::score(const Context&, const Tensor& hidden_BTD, const Projection& head,

@@ -10,16 +10,10 @@
 #include "capstan/base/check.h"
 #include "capstan/ops/path.h"
 #include "ops/attention_internal.h"
-#include "ops/cpu/dtypes.h"
 
 namespace capstan::ops {
 namespace attention_forms {
 namespace {
-
-bool is_plain_causal(const Tensor& q, const Tensor& k, const AttentionMask& mask) {
-  return mask.query_offset == 0 && !mask.sliding_window && !mask.first_key_BT.defined() &&
-         q.size(1) == k.size(1);
-}
 
 AttentionParts libtorch_forward(const Call& call) {
   auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
@@ -37,13 +31,38 @@ AttentionGrads libtorch_backward(const Call& call, const Tensor& grad,
   return {q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)};
 }
 
+AttentionGrads gradients(Form form, const Call& call, const Tensor& grad,
+                         const AttentionParts& parts) {
+  switch (form) {
+    case Form::kLibTorch:
+      return libtorch_backward(call, grad, parts);
+    case Form::kFlash:
+      return flash_backward(call, grad, parts);
+    case Form::kFlashDocuments:
+      return flash_documents_backward(call, grad, parts);
+    default:
+      return reference_backward(call, grad, parts);
+  }
+}
+
 }  // namespace
 
+AttentionCase case_of(const Tensor& q, const Tensor& k, const AttentionMask& mask) {
+  return {.path = path(),
+          .on_cpu = q.is_cpu(),
+          .has_flash = has_flash(q.device()),
+          .dtype = q.scalar_type(),
+          .head_size = q.size(3),
+          .queries = q.size(1),
+          .keys = k.size(1),
+          .query_offset = mask.query_offset,
+          .sliding_window = mask.sliding_window,
+          .documents = mask.first_key_BT.defined(),
+          .has_starts = mask.documents.starts.defined()};
+}
+
 Form choose(const Tensor& q, const Tensor& k, const AttentionMask& mask) {
-  if (q.is_cuda() && path() == Path::kFused && flash_takes(q, k, mask)) return Form::kFlash;
-  if (path_of(q) != Path::kFused) return Form::kReference;
-  if (cpu::element_of(q.scalar_type())) return Form::kKernel;
-  return is_plain_causal(q, k, mask) ? Form::kLibTorch : Form::kReference;
+  return choose_attention(case_of(q, k, mask)).form;
 }
 
 AttentionParts forward(Form form, const Call& call) {
@@ -56,6 +75,8 @@ AttentionParts forward(Form form, const Call& call) {
       return kernel_forward(call);
     case Form::kFlash:
       return flash_forward(call);
+    case Form::kFlashDocuments:
+      return flash_documents_forward(call);
   }
   CAPSTAN_CHECK(false, "unknown form of attention");
 }
@@ -63,9 +84,7 @@ AttentionParts forward(Form form, const Call& call) {
 void backward(Form form, const Call& call, const Tensor& grad, const AttentionParts& parts,
               const AttentionGrads& into) {
   if (form == Form::kKernel) return kernel_backward(call, grad, parts, into);
-  const AttentionGrads g = form == Form::kLibTorch ? libtorch_backward(call, grad, parts)
-                           : form == Form::kFlash  ? flash_backward(call, grad, parts)
-                                                   : reference_backward(call, grad, parts);
+  const AttentionGrads g = gradients(form, call, grad, parts);
   into.q_BTNH.copy_(g.q_BTNH);
   into.k_BSKH.copy_(g.k_BSKH);
   into.v_BSKH.copy_(g.v_BSKH);
@@ -93,6 +112,10 @@ void check_call(const Call& call) {
   CAPSTAN_CHECK(!first.defined() ||
                     (first.numel() == q.size(0) * q.size(1) && first.scalar_type() == at::kInt),
                 "attention: first_key must be int32, one per query");
+  const Tensor& starts = call.mask.documents.starts;
+  CAPSTAN_CHECK(!starts.defined() || (first.defined() && starts.dim() == 1 && starts.numel() > 1 &&
+                                      starts.scalar_type() == at::kInt && starts.is_contiguous()),
+                "attention: starts of documents must be int32, beside first keys");
 }
 
 // q, k, v (or their gradients) as views of the merged tensor.

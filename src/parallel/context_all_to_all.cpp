@@ -158,9 +158,10 @@ Tensor whole_first_key(const ContextAttention& call) {
 Tensor all_to_all_attention(const ContextAttention& call, const Tensor& qkv) {
   const HeadPlan plan(call.heads, call.group.size());
   const Tensor rows_BTY = to_heads(call, plan, qkv);
-  const Tensor out_BTZ = ops::attention(
-      rows_BTY, plan.one,
-      {.sliding_window = call.sliding_window, .first_key_BT = whole_first_key(call)});
+  const Tensor out_BTZ = ops::attention(rows_BTY, plan.one,
+                                        {.sliding_window = call.sliding_window,
+                                         .first_key_BT = whole_first_key(call),
+                                         .documents = call.documents});
   return to_tokens(call.group, out_BTZ);
 }
 

@@ -20,7 +20,8 @@ struct ContextAttention {
   comm::Communicator group;  // the context axis
   ops::AttentionHeads heads;
   std::optional<int64_t> sliding_window;
-  Tensor first_key_Bt;  // int32, index into the whole row; undefined: joined
+  Tensor first_key_Bt;              // int32, index into the whole row; undefined: joined
+  param::DocumentStarts documents;  // of the whole rows; the ring has parts and cannot use them
 };
 
 // qkv holds q, k, v side by side, turned; returns [B, t, N*H]. Every rank runs every hop, masked or

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "capstan/ops/record.h"
+#include "capstan/param/context.h"
 
 namespace capstan::ops {
 
@@ -17,6 +18,8 @@ struct AttentionMask {
   int64_t query_offset = 0;               // key index of query 0: tokens cached before this pass
   std::optional<int64_t> sliding_window;  // keys seen, own position included
   Tensor first_key_BT;                    // int32, index of a key; undefined = 0
+  // What first_key_BT says, for kernels of variable lengths; may be undefined. Whole rows alone.
+  param::DocumentStarts documents;
 };
 
 struct AttentionHeads {

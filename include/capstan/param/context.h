@@ -22,6 +22,16 @@ struct DropoutKey {
   uint64_t seed = 0, epoch = 0;
 };
 
+// The documents of whole rows, one row behind the other: what kernels of variable lengths take.
+struct DocumentStarts {
+  // int32: the first token of each document among the B*T of the micro-batch, then B*T, repeated.
+  Tensor starts;
+  int64_t longest = 0;  // tokens; no document has more
+};
+// From first_key_BT on the CPU (RowMap). Room for a power of two of documents, so that shapes are
+// few. Throws DataError for keys that are no documents' starts.
+[[nodiscard]] DocumentStarts document_starts(const Tensor& first_key_BT);
+
 // Which global token each local token is.
 struct RowMap {
   std::vector<int64_t> samples;  // global sample number of each local row
@@ -29,6 +39,7 @@ struct RowMap {
   // Attention never crosses a boundary: the first key each query may see, as an index into its row
   // (the whole row, also where a rank holds parts of it); undefined = 0 (joined).
   Tensor first_key_BT;             // int32
+  DocumentStarts documents;        // the same of the whole rows; undefined on the CPU
   bool positions_are_rows = true;  // every row is 0 .. T-1, so one table row serves all
   // Context parallel: a rank holds parts of each row.
   Tensor row_index_T;  // int64, place of each local token in the whole row; undefined = 0 .. T-1

@@ -1,0 +1,53 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/attention_note_internal.h"
+
+#include <ATen/ATen.h>
+
+#include "capstan/base/log.h"
+#include "capstan/parallel/flat_store.h"
+
+namespace capstan::engine {
+namespace {
+
+bool has_parts_of_rows(const plan::Plan& plan) {
+  return plan.grid.sizes().cp > 1 && plan.resolved.parallel.context.method != "all_to_all";
+}
+
+}  // namespace
+
+ops::AttentionCase attention_case(const plan::Plan& plan, at::Device device) {
+  const plan::ModelShape& shape = plan.model().shape;
+  const bool documents = plan.resolved.data.documents == "separate";
+  return {.path = ops::path(),
+          .on_cpu = device.is_cpu(),
+          .has_flash = ops::has_flash(device),
+          .dtype = parallel::scalar_type_of(plan.precision.compute),
+          .head_size = shape.head_dim,
+          .queries = plan.batch.sequence_length,
+          .keys = plan.batch.sequence_length,
+          .sliding_window = shape.sliding_window,
+          .documents = documents,
+          .has_starts = documents && !has_parts_of_rows(plan)};
+}
+
+bool uses_document_starts(const plan::Plan& plan, at::Device device) {
+  ops::AttentionCase asked = attention_case(plan, device);
+  asked.documents = true;
+  asked.has_starts = !has_parts_of_rows(plan);
+  return ops::choose_attention(asked).form == ops::AttentionForm::kFlashDocuments;
+}
+
+void log_attention(const plan::Plan& plan, at::Device device) {
+  const ops::AttentionCase asked = attention_case(plan, device);
+  const ops::AttentionChoice choice = ops::choose_attention(asked);
+  if (choice.form != ops::AttentionForm::kReference)
+    return log::info("engine", "attention: {}", ops::name_of(choice.form));
+  const bool is_narrow = at::elementSize(asked.dtype) == 2;
+  log::write(is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
+             fmt::format("attention takes the reference, which keeps [heads, {0}, {0}] scores in "
+                         "memory: {1}{2}{3}",
+                         asked.queries, choice.reason, choice.fix.empty() ? "" : ". ", choice.fix));
+}
+
+}  // namespace capstan::engine

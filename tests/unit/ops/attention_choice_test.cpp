@@ -1,0 +1,112 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/ops/attention_choice.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+namespace capstan::ops {
+namespace {
+
+using ::testing::HasSubstr;
+using Form = AttentionForm;
+
+const AttentionCase kOnGpu{.on_cpu = false,
+                           .has_flash = true,
+                           .dtype = at::kBFloat16,
+                           .head_size = 64,
+                           .queries = 128,
+                           .keys = 128};
+
+AttentionCase changed(void (*change)(AttentionCase&)) {
+  AttentionCase c = kOnGpu;
+  change(c);
+  return c;
+}
+
+TEST(AttentionChoice, GpusTakeFlashAttentionWhereItIsRight) {
+  EXPECT_EQ(choose_attention(kOnGpu).form, Form::kFlash);
+  EXPECT_TRUE(choose_attention(kOnGpu).reason.empty());
+  const auto form = [](void (*change)(AttentionCase&)) {
+    return choose_attention(changed(change)).form;
+  };
+  EXPECT_EQ(form([](auto& c) { c.dtype = at::kHalf; }), Form::kFlash);
+  EXPECT_EQ(form([](auto& c) { c.sliding_window = 5; }), Form::kFlash);
+  EXPECT_EQ(form([](auto& c) { c.head_size = 256; }), Form::kFlash);
+  EXPECT_EQ(form([](auto& c) { c.documents = c.has_starts = true; }), Form::kFlashDocuments);
+  EXPECT_EQ(form([](auto& c) { c.query_offset = 128; }), Form::kFlash);
+}
+
+TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
+  const auto expect = [](void (*change)(AttentionCase&), const char* reason, const char* fix) {
+    const AttentionChoice choice = choose_attention(changed(change));
+    EXPECT_EQ(choice.form, Form::kReference) << reason;
+    EXPECT_THAT(choice.reason, HasSubstr(reason));
+    EXPECT_THAT(choice.fix, HasSubstr(fix));
+  };
+  expect([](auto& c) { c.path = Path::kReference; }, "CAPSTAN_OPS", "Unset");
+  expect([](auto& c) { c.has_flash = false; }, "no FlashAttention", "");
+  expect([](auto& c) { c.dtype = at::kFloat; }, "not in Float", "precision.compute: bf16");
+  expect([](auto& c) { c.head_size = 20; }, "heads of 20", "model.head_dim");
+  expect([](auto& c) { c.head_size = 264; }, "heads of 264", "model.head_dim");
+  expect([](auto& c) { c.documents = true; }, "in parts", "parallel.context.method: all_to_all");
+  expect(
+      [](auto& c) {
+        c.documents = c.has_starts = true;
+        c.keys = 256;
+        c.query_offset = 128;
+      },
+      "in parts", "data.documents: joined");
+  expect([](auto& c) { c.query_offset = -1; }, "sees no key", "");
+}
+
+TEST(AttentionChoice, CpusTakeTheirOwnKernels) {
+  AttentionCase c{.dtype = at::kHalf, .head_size = 8, .queries = 4, .keys = 4};
+  EXPECT_EQ(choose_attention(c).form, Form::kLibTorch);
+  c.documents = true;
+  EXPECT_EQ(choose_attention(c).form, Form::kReference);
+  c.dtype = at::kFloat;
+  EXPECT_EQ(choose_attention(c).form, Form::kKernel);
+}
+
+TEST(AttentionChoice, ThereIsFlashAttentionOnGpusAlone) {
+  EXPECT_FALSE(has_flash(at::kCPU));
+  EXPECT_FALSE(has_flash(c10::Device(c10::kCUDA, 0)));  // this process has no CUDA half of LibTorch
+}
+
+// The keys of a band are those of the mask, and every query has one; bands that would say more are
+// none.
+TEST(AttentionChoice, BandsMeanTheMask) {
+  int bands = 0;
+  for (int64_t queries = 1; queries < 6; ++queries)
+    for (int64_t keys = 1; keys < 6; ++keys)
+      for (int64_t offset = -3; offset < 8; ++offset)
+        for (int64_t window = 0; window < 8; ++window) {
+          AttentionCase c{.queries = queries, .keys = keys, .query_offset = offset};
+          if (window > 0) c.sliding_window = window;
+          const auto band = flash_band(c);
+          bands += band.has_value();
+          bool all_see = true;
+          for (int64_t t = 0; t < queries; ++t) {
+            int64_t seen = 0;
+            for (int64_t s = 0; s < keys; ++s) {
+              const bool by_mask = s <= t + offset && (window == 0 || s > t + offset - window);
+              seen += by_mask;
+              if (!band) continue;
+              const int64_t ahead = s - (t + keys - queries);
+              const bool by_band = ahead <= band->right && (band->left < 0 || ahead >= -band->left);
+              EXPECT_EQ(by_mask, by_band)
+                  << queries << " " << keys << " " << offset << " " << window;
+            }
+            all_see &= seen > 0;
+          }
+          const bool ends_last = offset >= keys - queries;
+          EXPECT_EQ(band.has_value(), all_see && ends_last);
+        }
+  EXPECT_GT(bands, 100);
+}
+
+}  // namespace
+}  // namespace capstan::ops

@@ -1,0 +1,193 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// FlashAttention on a device against plain math in fp32 on the CPU: bands and documents. Legend: B
+// samples, T tokens, N query heads, K key/value heads, H head size.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "capstan/device/accelerator.h"
+#include "ops/attention_internal.h"
+#include "unit/ops/one_param.h"
+
+namespace capstan::ops {
+namespace {
+
+using attention_forms::Call;
+using attention_forms::Form;
+using testing::normal;
+
+struct Shape {
+  int64_t batch, queries, keys, heads, key_heads, size;
+};
+
+Call make_call(const Shape& s, at::ScalarType dtype, AttentionMask mask) {
+  return {normal({s.batch, s.queries, s.heads, s.size}, 1, dtype),
+          normal({s.batch, s.keys, s.key_heads, s.size}, 2, dtype),
+          normal({s.batch, s.keys, s.key_heads, s.size}, 3, dtype),
+          1 / std::sqrt(static_cast<double>(s.size)), std::move(mask)};
+}
+
+Tensor on_device(const Tensor& x) { return x.defined() ? x.to(device::run_device()) : x; }
+Tensor plain(const Tensor& x) { return x.to(at::kCPU, at::kFloat); }
+
+Call on_device(Call call) {
+  call.mask.first_key_BT = on_device(call.mask.first_key_BT);
+  call.mask.documents.starts = on_device(call.mask.documents.starts);
+  return {on_device(call.q_BTNH), on_device(call.k_BSKH), on_device(call.v_BSKH), call.scale,
+          call.mask};
+}
+
+Call in_fp32(Call call) {
+  return {plain(call.q_BTNH), plain(call.k_BSKH), plain(call.v_BSKH), call.scale, call.mask};
+}
+
+struct Results {
+  AttentionParts parts;
+  AttentionGrads grads;
+};
+Results run(Form form, const Call& call, const Tensor& grad) {
+  Results r{
+      attention_forms::forward(form, call),
+      {at::empty_like(call.q_BTNH), at::empty_like(call.k_BSKH), at::empty_like(call.v_BSKH)}};
+  attention_forms::backward(form, call, grad, r.parts, r.grads);
+  return r;
+}
+
+// Sums over keys and heads grow with the numbers in them.
+void expect_near(const Tensor& got, const Tensor& want, const char* what) {
+  const auto t = testing::tolerance_of(at::kBFloat16);
+  const double scale = std::max(1.0, want.abs().max().item<double>());
+  EXPECT_TRUE(testing::near(plain(got), want, {t.rtol, t.atol * scale})) << what;
+}
+
+void compare(const Call& call, Form form) {
+  const Call there = on_device(call);
+  ASSERT_EQ(attention_forms::choose(there.q_BTNH, there.k_BSKH, there.mask), form);
+  const Tensor grad = normal(call.q_BTNH.sizes(), 4, call.q_BTNH.scalar_type());
+  const Results got = run(form, there, on_device(grad));
+  const Results want = run(Form::kReference, in_fp32(call), plain(grad));
+  expect_near(got.parts.out_BTNH, want.parts.out_BTNH, "out");
+  ASSERT_EQ(got.parts.lse_BNT.sizes(), want.parts.lse_BNT.sizes());
+  EXPECT_TRUE(testing::near(plain(got.parts.lse_BNT), want.parts.lse_BNT, {1e-4, 1e-4}));
+  expect_near(got.grads.q_BTNH, want.grads.q_BTNH, "gradient of q");
+  expect_near(got.grads.k_BSKH, want.grads.k_BSKH, "gradient of k");
+  expect_near(got.grads.v_BSKH, want.grads.v_BSKH, "gradient of v");
+}
+
+AttentionMask documents(const std::vector<std::vector<int64_t>>& lengths, int64_t tokens) {
+  AttentionMask mask;
+  const auto rows = static_cast<int64_t>(lengths.size());
+  mask.first_key_BT = at::empty({rows, tokens}, at::kInt);
+  for (int64_t b = 0; b < rows; ++b) {
+    int64_t start = 0;
+    for (const int64_t length : lengths[static_cast<size_t>(b)]) {
+      mask.first_key_BT[b].narrow(0, start, length).fill_(start);
+      start += length;
+    }
+    EXPECT_EQ(start, tokens);
+  }
+  mask.documents = param::document_starts(mask.first_key_BT);
+  return mask;
+}
+
+std::vector<std::vector<std::vector<int64_t>>> divisions() {
+  return {{{70}, {70}, {70}},
+          {{30, 1, 1, 38}, {70}, {1, 69}},
+          {{7, 7, 7, 7, 7, 7, 7, 7, 14}, {35, 35}, {2, 60, 8}},
+          {std::vector<int64_t>(70, 1)},
+          {{1, 68, 1}}};
+}
+
+void compare_documents(const std::vector<std::vector<int64_t>>& division, int64_t window,
+                       at::ScalarType dtype, int64_t key_heads) {
+  SCOPED_TRACE(fmt::format("{} rows, {} documents in the first, window {}, {}, {} of 4 heads",
+                           division.size(), division[0].size(), window, at::toString(dtype),
+                           key_heads));
+  AttentionMask mask = documents(division, 70);
+  if (window > 0) mask.sliding_window = window;
+  const auto rows = static_cast<int64_t>(division.size());
+  compare(make_call({rows, 70, 70, 4, key_heads, 16}, dtype, mask), Form::kFlashDocuments);
+}
+
+TEST(GpuAttention, DocumentsAndWindowsMatchTheReference) {
+  for (const auto& division : divisions())
+    for (const int64_t window : {0, 1, 5, 200}) {
+      compare_documents(division, window, at::kBFloat16, 2);
+      if (HasFailure()) return;
+    }
+  for (const int64_t key_heads : {1, 4})
+    for (const int64_t window : {0, 5})
+      compare_documents(divisions()[1], window, at::kHalf, key_heads);
+}
+
+// More places than documents, and room for longer ones: the same numbers.
+TEST(GpuAttention, PaddedStartsChangeNothing) {
+  const AttentionMask mask = documents({{20, 30, 20}, {50, 20}}, 70);
+  const Call call = on_device(make_call({2, 70, 70, 4, 2, 16}, at::kBFloat16, mask));
+  const Tensor grad = on_device(normal({2, 70, 4, 16}, 4, at::kBFloat16));
+  Call padded = call;
+  padded.mask.documents = {at::cat({call.mask.documents.starts,
+                                    at::full({20}, 140, call.mask.documents.starts.options())}),
+                           70};
+  const Results a = run(Form::kFlashDocuments, call, grad),
+                b = run(Form::kFlashDocuments, padded, grad);
+  EXPECT_TRUE(at::equal(a.parts.out_BTNH, b.parts.out_BTNH));
+  EXPECT_TRUE(at::equal(a.parts.lse_BNT, b.parts.lse_BNT));
+  EXPECT_TRUE(at::equal(a.grads.k_BSKH, b.grads.k_BSKH));
+  EXPECT_TRUE(at::equal(a.grads.v_BSKH, b.grads.v_BSKH));
+  // On a GPU the gradient of queries is summed in any order.
+  expect_near(a.grads.q_BTNH, plain(b.grads.q_BTNH), "gradient of q");
+}
+
+TEST(GpuAttention, BandsMatchTheReference) {
+  int flash = 0;
+  for (const Shape& s : {Shape{2, 40, 40, 4, 2, 16}, Shape{1, 9, 61, 6, 2, 24},
+                         Shape{2, 33, 20, 4, 4, 8}, Shape{1, 1, 40, 4, 1, 64}})
+    for (const int64_t offset : {-3, 0, 20, 52, 100})
+      for (const int64_t window : {0, 1, 20, 60}) {
+        AttentionMask mask{.query_offset = offset};
+        if (window > 0) mask.sliding_window = window;
+        const Call call = make_call(s, at::kBFloat16, mask);
+        if (!flash_band(attention_forms::case_of(call.q_BTNH, call.k_BSKH, mask))) continue;
+        SCOPED_TRACE(
+            fmt::format("T {} S {} offset {} window {}", s.queries, s.keys, offset, window));
+        compare(call, Form::kFlash);
+        ++flash;
+      }
+  EXPECT_GT(flash, 20);
+}
+
+// A ring hands in parts of the log-sum-exp, which kernels read by the layout of a whole one.
+TEST(GpuAttention, StridedLogSumExpIsRead) {
+  const Call call = on_device(make_call({2, 40, 40, 4, 2, 16}, at::kBFloat16, {}));
+  const Tensor grad = on_device(normal({2, 40, 4, 16}, 4, at::kBFloat16));
+  Results a = run(Form::kFlash, call, grad);
+  const Tensor longer = at::cat({a.parts.lse_BNT, a.parts.lse_BNT}, 2);
+  const AttentionGrads into{at::empty_like(call.q_BTNH), at::empty_like(call.k_BSKH),
+                            at::empty_like(call.v_BSKH)};
+  attention_forms::backward(Form::kFlash, call, grad, {a.parts.out_BTNH, longer.narrow(2, 0, 40)},
+                            into);
+  EXPECT_TRUE(at::equal(into.k_BSKH, a.grads.k_BSKH));
+}
+
+// Through autograd, q, k and v side by side.
+TEST(GpuAttention, MergedGradientsOfDocuments) {
+  const AttentionHeads heads{4, 2, 16, 0.25};
+  const AttentionMask mask = documents({{12, 28}, {40}}, 40);
+  const Tensor qkv = normal({2, 40, 128}, 1, at::kBFloat16), w = normal({2, 40, 64}, 2);
+  const Tensor there = leaf(on_device(qkv)), here = leaf(plain(qkv));
+  AttentionMask moved = mask;
+  moved.first_key_BT = on_device(mask.first_key_BT);
+  moved.documents.starts = on_device(mask.documents.starts);
+  const Tensor out = attention(there, heads, moved);
+  run_backward(out, on_device(w.to(at::kBFloat16)));
+  const Tensor want = attention(here, heads, mask);
+  run_backward(want, w.to(at::kFloat));
+  expect_near(out.detach(), want.detach(), "out");
+  expect_near(there.grad(), here.grad(), "gradient");
+}
+
+}  // namespace
+}  // namespace capstan::ops
