@@ -2,9 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/device/cuda.h"
 
+#include <ATen/Context.h>
 #include <dlfcn.h>
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <string>
 #include <utility>
 
@@ -55,6 +57,11 @@ void start_cuda(int index) {
            "Build Capstan anew");
   install();
   accelerator()->set_device(index);
+}
+
+void compute_deterministically() {
+  ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
 }
 
 }  // namespace capstan::device

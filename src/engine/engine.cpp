@@ -369,7 +369,8 @@ Tensor Engine::next_logits(const Tensor& ids_BT, param::KvCache* cache) {
   // Rows are whole on every rank, with and without a cache.
   param::Context context = e.without_gradient(param::Mode::kDecode, rows);
   context.cache = cache;
-  Tensor logits_BV = e.executor.logits(context, ids_BT.to(e.device), 1);
+  Tensor logits_BV =
+      e.executor.logits(context, to_device(MicroBatch{ids_BT, {}, {}}, e.device).ids_BT, 1);
   if (logits_BV.defined()) logits_BV = logits_BV.squeeze(1).contiguous();
   return e.from_last_stage(logits_BV, {B, e.plan.model().shape.vocab_size},
                            parallel::scalar_type_of(e.plan.precision.compute));

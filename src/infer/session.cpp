@@ -3,24 +3,30 @@
 #include "capstan/infer/session.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/env.h"
+#include "capstan/base/gpu.h"
 #include "capstan/base/log.h"
 #include "capstan/base/text.h"
 #include "capstan/checkpoint/load.h"
 #include "capstan/checkpoint/saver.h"
+#include "capstan/device/accelerator.h"
+#include "capstan/device/cuda.h"
 #include "capstan/device/threads.h"
 #include "capstan/infer/kv_cache.h"
+#include "capstan/plan/fp8.h"
 
 namespace capstan::infer {
 namespace {
 
 // The model's own recipe, brought down to one rank of this machine.
 recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
-                                const std::vector<std::string>& overrides) {
+                                const std::vector<std::string>& overrides,
+                                const std::string& device) {
   std::vector<std::string> changes = {"parallel.data=auto",
                                       "parallel.tensor=1",
                                       "parallel.sequence=false",
@@ -39,11 +45,34 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                       "parallel.recompute.mode=none",
                                       "parallel.recompute.parts=[]",
                                       "parallel.offload_activations=false",
-                                      "run.device=cpu",
+                                      "run.device=" + device,
+                                      "run.graphs=false",
                                       "run.threads=auto"};
   changes.insert(changes.end(), overrides.begin(), overrides.end());
   return recipe::parse_recipe(checkpoint::read_step_file(step.path, "recipe.yaml"),
                               (step.path / "recipe.yaml").string(), changes);
+}
+
+// The plan's memory is that of training, which is not what happens here: nothing to hold it to.
+plan::Topology topology_for_use(const std::string& device) {
+  plan::Topology topology = plan::local_topology(1, 1, device);
+  topology.device = device;
+  topology.memory_bytes = 0;
+  return topology;
+}
+
+void prepare_gpu(const recipe::Recipe& recipe) {
+  plan::check_fp8_gpus(recipe, probe_gpus().gpus);
+  if (recipe.run.deterministic) device::compute_deterministically();
+}
+
+// "GPU 0 (NVIDIA H100)", "the CPU, 8 threads"
+std::string place_of(const std::string& device) {
+  if (device == "cpu") return fmt::format("the CPU, {} threads", at::get_num_threads());
+  const auto index = static_cast<size_t>(device::run_device().index());
+  const std::vector<Gpu>& gpus = probe_gpus().gpus;
+  return fmt::format("GPU {}{}", index,
+                     index < gpus.size() ? " (" + gpus[index].name + ")" : std::string());
 }
 
 std::vector<checkpoint::StateBlob> model_blobs(const checkpoint::HostState& state) {
@@ -93,11 +122,13 @@ Session::Session(const SessionOptions& options) : state_(std::make_unique<State>
   const Path& folder = state_->step.path;
   if (std::filesystem::exists(folder / "tokenizer.json"))
     state_->tokenizer = text::Tokenizer::load(folder / "tokenizer.json");
-  const recipe::Resolved recipe = recipe_for_use(state_->step, options.overrides);
+  const std::string device = device::accelerator() ? "cuda" : "cpu";
+  const recipe::Resolved recipe = recipe_for_use(state_->step, options.overrides, device);
   state_->plan = plan::make_plan(
-      recipe, plan::local_topology(1, 1, "cpu"),
+      recipe, topology_for_use(device),
       {.tokenizer_vocab_size =
            state_->tokenizer ? std::optional(state_->tokenizer->vocab_size()) : std::nullopt});
+  if (device == "cuda") prepare_gpu(state_->plan.resolved);
   device::set_threads(static_cast<int>(options.threads.value_or(device::recommended_threads(1))));
   state_->engine = std::make_unique<engine::Engine>(
       state_->plan, state_->mesh, engine::EngineOptions{.trains = false, .initializes = false});
@@ -106,8 +137,9 @@ Session::Session(const SessionOptions& options) : state_(std::make_unique<State>
   (void)checkpoint::load_state(state_->step, blobs);
   state.write_back();
   state_->engine->restore(state_->engine->scalars());
-  log::info("infer", "{}: step {}, {} parameters", folder.string(), state_->step.manifest.step,
-            format_count(state_->plan.model().parameters));
+  log::info("infer", "{}: step {}, {} parameters, on {}", folder.string(),
+            state_->step.manifest.step, format_count(state_->plan.model().parameters),
+            place_of(device));
 }
 
 Session::~Session() = default;

@@ -2,9 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/trainer/train.h"
 
-#include <ATen/Context.h>
 #include <fmt/format.h>
-#include <cstdlib>
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/env.h"
@@ -13,6 +11,7 @@
 #include "capstan/checkpoint/saver.h"
 #include "capstan/comm/threads.h"
 #include "capstan/device/accelerator.h"
+#include "capstan/device/cuda.h"
 #include "capstan/device/threads.h"
 #include "capstan/launch/run_folder.h"
 #include "capstan/plan/fp8.h"
@@ -135,16 +134,18 @@ std::optional<TrainResult> already_finished(const std::optional<ResumePoint>& po
 // The device was opened before the recipe met its checkpoint, which may fix another one.
 void prepare_device(const recipe::Run& run) {
   const std::string opened = device::accelerator() ? "cuda" : "cpu";
-  if (run.device != opened)
+  if (run.device != "auto" && run.device != opened)
     throw ConfigError(ErrorText{.module = "trainer",
                                 .what = "computing on " + opened,
                                 .got = "a run whose run.device is " + run.device,
                                 .need = run.device,
                                 .why = "a resumed run stays on the device it began on",
-                                .fix = "Set run.device: " + run.device});
-  if (opened == "cpu" || !run.deterministic) return;
-  ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);  // cuBLAS reads it at its first product
-  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+                                .fix = opened == "cuda"
+                                           ? "Set run.device: cpu"
+                                           : "Go on where capstan doctor finds a GPU for every "
+                                             "rank, or on CPUs with --set run.device=cpu "
+                                             "--allow-change run.device"});
+  if (opened == "cuda" && run.deterministic) device::compute_deterministically();
 }
 
 TrainResult train_in(const TrainOptions& options, const comm::Communicator& world,
@@ -155,6 +156,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   const std::optional<ResumePoint> point = find_resume_point(
       path, options.resume, checkpoint::parse_verify(recipe.recipe.checkpoint.verify), group);
   if (point) adopt_fixed_values(recipe.recipe, point->recipe);
+  prepare_device(recipe.recipe.run);
 
   std::optional<text::Tokenizer> tokenizer;
   if (recipe.recipe.data.tokenizer)
@@ -162,7 +164,6 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   const plan::Plan plan = plan::make_plan(
       recipe, plan::local_topology(world.size(), options.local_size, recipe.recipe.run.device),
       {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
-  prepare_device(plan.resolved.run);
   plan::check_fp8_gpus(plan.resolved, probe_gpus().gpus);
   const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));

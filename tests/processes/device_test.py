@@ -40,5 +40,24 @@ class Device(Program):
         self.assertIn("compute bf16", done.stdout)
 
 
+    def test_a_model_is_used_where_the_user_says(self):
+        self.train("used")
+        text = ("generate", "--model", "runs/used", "--prompt", "let the", "--greedy", "--max-tokens", "4")
+        for verb in (text, ("eval", "--model", "runs/used", "--data", "data/held", "--samples", "4")):
+            by_itself = self.run_with_driver(*verb)
+            self.assertEqual(by_itself.returncode, 0, by_itself.stderr)
+            self.assertIn("on the CPU", by_itself.stderr)
+            self.assertIn("although there is a GPU: no ", by_itself.stderr)
+            on_cpu = self.run_with_driver(*verb, "--device", "cpu")
+            self.assertEqual((on_cpu.returncode, on_cpu.stdout), (0, by_itself.stdout))
+            self.assertNotIn("although", on_cpu.stderr)
+            for gpus, missing in (("1", "libcapstan_cuda.so"), ("0", "shows no GPU")):
+                refused = self.run_with_driver(*verb, "--device", "cuda", gpus=gpus)
+                self.assertEqual(refused.returncode, 2)
+                for words in ("--device cuda", missing, "need cpu or auto", "capstan doctor says why"):
+                    self.assertIn(words, refused.stderr)
+        self.assertEqual(self.run_capstan(*text, "--device", "gpu").returncode, 2)
+
+
 if __name__ == "__main__":
     unittest.main()

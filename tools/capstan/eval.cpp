@@ -12,13 +12,15 @@
 #include "capstan/data/prepare.h"
 #include "capstan/infer/session.h"
 #include "capstan/trainer/evaluate.h"
+#include "device_option.h"
 #include "verbs.h"
 
 namespace capstan::cli {
 namespace {
 
 struct EvalArguments {
-  std::string model, data, per_token_file, unigram, samples = "all", field = "text";
+  std::string model, data, per_token_file, unigram, samples = "all", field = "text",
+                                                    device = "auto";
   std::optional<double> minimum_gain;
   int64_t threads = 0;
   bool json = false;
@@ -110,6 +112,7 @@ struct Outcome {
 Outcome score(const EvalArguments& arguments) {
   infer::SessionOptions options{.model = arguments.model};
   if (arguments.threads > 0) options.threads = arguments.threads;
+  start_device(arguments.device);
   infer::Session session(options);
   const ScratchFolder scratch;
   const int64_t vocab = session.plan().model().shape.vocab_size;
@@ -203,6 +206,7 @@ void add_eval(CLI::App& app) {
       ->type_name("NATS");
   verb->add_option("--samples", arguments->samples, "sequences to score, or all")
       ->type_name("N|all");
+  add_device_option(*verb, arguments->device);
   verb->add_option("--threads", arguments->threads, "CPU threads; default all physical cores")
       ->check(CLI::Range(int64_t{1}, int64_t{1024}));
   verb->add_flag("--json", arguments->json, "one JSON object");

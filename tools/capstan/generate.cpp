@@ -9,6 +9,7 @@
 #include "capstan/base/error.h"
 #include "capstan/base/json.h"
 #include "capstan/infer/session.h"
+#include "device_option.h"
 #include "verbs.h"
 
 namespace capstan::cli {
@@ -16,7 +17,7 @@ namespace {
 
 struct GenerateArguments {
   infer::SessionOptions session;
-  std::string model, prompt, prompts_file;
+  std::string model, prompt, prompts_file, device = "auto";
   infer::GenerateOptions generate;
   bool greedy = false, json = false, ignore_end = false;
   int64_t threads = 0;
@@ -59,6 +60,7 @@ void generate(GenerateArguments& arguments, bool has_prompt) {
   arguments.session.model = arguments.model;
   if (arguments.threads > 0) arguments.session.threads = arguments.threads;
   arguments.generate.stop_at_end = !arguments.ignore_end;
+  start_device(arguments.device);
   infer::Session session(arguments.session);
   for (size_t i = 0; i < prompts.size(); ++i) {
     arguments.generate.sequence = i;
@@ -101,6 +103,7 @@ void add_generate(CLI::App& app) {
   verb->add_option("--top-p", sampling.top_p,
                    "only the likeliest tokens that reach this probability");
   verb->add_option("--seed", sampling.seed, "the same seed gives the same text");
+  add_device_option(*verb, arguments->device);
   verb->add_option("--threads", arguments->threads, "CPU threads; default all physical cores")
       ->check(CLI::Range(int64_t{1}, int64_t{1024}));
   verb->add_flag("--greedy", arguments->greedy, "always the likeliest token");

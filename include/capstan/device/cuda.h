@@ -10,5 +10,8 @@ namespace capstan::device {
 // process: LibTorch decides once whether CUDA exists. Throws EnvError saying what is missing:
 // driver, GPU or plug-in.
 void start_cuda(int index);
+// The same bits from run to run on a GPU: before the first product of the process, since cuBLAS
+// reads its workspace then. Ops that have no such form throw from here on.
+void compute_deterministically();
 
 }  // namespace capstan::device

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // A trained model opened for use: weights of a run directory or step folder, its tokenizer, one
-// rank, no optimizer.
+// rank, no optimizer. It computes where this process does: on the GPU that device::start_cuda
+// opened before the session, else on the CPU.
 #pragma once
 #include <functional>
 #include <memory>

@@ -15,6 +15,7 @@
 #include "capstan/text/tokenizer_folder.h"
 #include "capstan/trainer/stop.h"
 #include "capstan/trainer/train.h"
+#include "support/step_recipe.h"
 #include "support/temp_dir.h"
 
 namespace capstan::trainer {
@@ -116,6 +117,22 @@ TEST_F(TrainThreads, ARefusedResume_KeepsTheReportOfTheRun) {
   options_.resume = "none";
   EXPECT_THROW((void)train_as_threads(options_, 2), comm::RankError);
   EXPECT_EQ(report(), before);
+}
+
+TEST_F(TrainThreads, ARunOfAGpuOnAMachineWithoutOne_SaysHowToGoOn) {
+  (void)train_as_threads(options_, 2);
+  test::change_step_recipe(run() / "checkpoints" / "step-00000004", "device: cpu", "device: cuda");
+  options_.recipe.recipe.run.steps = 6;
+  options_.resume = "auto";
+  try {
+    (void)train_as_threads(options_, 2);
+    FAIL() << "a run of a GPU went on without one";
+  } catch (const comm::RankError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("--set run.device=cpu --allow-change run.device"));
+  }
+  options_.recipe.recipe.run.device = "cpu";
+  options_.allow_change = {"run.device", "lr_schedule"};
+  EXPECT_EQ(train_as_threads(options_, 2).step, 6);
 }
 
 }  // namespace
