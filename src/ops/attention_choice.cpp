@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "ops/cpu/dtypes.h"
+#include "ops/on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -17,6 +18,11 @@ AttentionForm choose_on_cpu(const AttentionCase& c) {
   const bool is_plain_causal =
       c.query_offset == 0 && !c.sliding_window && !c.documents && c.queries == c.keys;
   return is_plain_causal ? AttentionForm::kLibTorch : AttentionForm::kReference;
+}
+
+std::string_view name_of_type(at::ScalarType type) {
+  const auto ours = on_device::dtype_of(type);
+  return ours ? capstan::name_of(*ours) : c10::toString(type);
 }
 
 AttentionChoice reference(std::string reason, std::string fix) {
@@ -64,7 +70,7 @@ AttentionChoice choose_attention(const AttentionCase& c) {
   if (!c.has_flash) return reference("LibTorch has no FlashAttention for this device", "");
   if (c.dtype != at::kBFloat16 && c.dtype != at::kHalf)
     return reference(
-        fmt::format("FlashAttention computes in bf16 and fp16, not in {}", c10::toString(c.dtype)),
+        fmt::format("FlashAttention computes in bf16 and fp16, not in {}", name_of_type(c.dtype)),
         "Set precision.compute: bf16");
   if (c.head_size % kFlashHeadStep != 0 || c.head_size > kFlashHeadSize)
     return reference(

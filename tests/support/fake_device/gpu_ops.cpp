@@ -176,6 +176,49 @@ Forward flash_forward(const Tensor& q, const Tensor& k, const Tensor& v,
   return {out, lse, state, nothing, at::empty({0}, q.options())};
 }
 
+// Of all tokens.
+struct Flat {
+  Tensor q_GNH, k_GKH, v_GKH;
+};
+struct Seen {
+  Tensor out_GNH, grad_GNH, lse_NG;
+};
+
+// Rows of one sequence, summed over the heads that share them.
+void write(const Tensor& x_GKH, int64_t first, const Tensor& x_NTH) {
+  const int64_t tokens = x_NTH.size(1), own = x_GKH.size(1);
+  const Tensor summed = x_NTH.view({own, x_NTH.size(0) / own, tokens, -1}).sum(1);
+  x_GKH.narrow(0, first, tokens).copy_(summed.transpose(0, 1));
+}
+
+void sequence_backward(const Flash& flash, const Sequence& s, const Flat& in, const Seen& seen,
+                       const Flat& into) {
+  const int64_t repeat = in.q_GNH.size(1) / in.k_GKH.size(1);
+  const auto queries = [&](const Tensor& x_GNH) { return heads_NTH(x_GNH, s.query, s.queries); };
+  const Tensor q_NTH = queries(in.q_GNH), g_NTH = queries(seen.grad_GNH);
+  const Tensor k_NSH = heads_NTH(in.k_GKH, s.key, s.keys, repeat),
+               v_NSH = heads_NTH(in.v_GKH, s.key, s.keys, repeat);
+  const Tensor lse_NT1 = seen.lse_NG.narrow(1, s.query, s.queries).unsqueeze(2);
+  const Tensor p_NTS = (scores_NTS(flash, s, q_NTH, k_NSH) - lse_NT1).exp();
+  const Tensor delta_NT1 = (g_NTH * queries(seen.out_GNH)).sum(2, true);
+  const Tensor ds_NTS =
+      p_NTS * (at::matmul(g_NTH, v_NSH.transpose(1, 2)) - delta_NT1) * flash.scale;
+  write(into.q_GNH, s.query, at::matmul(ds_NTS, k_NSH));
+  write(into.k_GKH, s.key, at::matmul(ds_NTS.transpose(1, 2), q_NTH));
+  write(into.v_GKH, s.key, at::matmul(p_NTS.transpose(1, 2), g_NTH));
+}
+
+// The kernels read it by its layout.
+Tensor checked_lse_NG(const Tensor& lse, const Tensor& q) {
+  const bool is_flat = q.dim() == 3;
+  const int64_t heads = q.size(-2);
+  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == at::kFloat &&
+                  lse.sizes() == (is_flat ? at::IntArrayRef({heads, q.size(0)})
+                                          : at::IntArrayRef({q.size(0), heads, q.size(1)})),
+              "FlashAttention: a log-sum-exp of ", lse.sizes(), ", strides ", lse.strides());
+  return is_flat ? lse : lse.transpose(0, 1).reshape({heads, -1});
+}
+
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& out, const Tensor& lse, const Tensor& starts_q,
@@ -187,38 +230,13 @@ Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, co
   check_inputs(q, grad.contiguous(), out.contiguous());
   const Flash flash =
       make_flash(q, k, starts_q, starts_k, max_q, max_k, causal, scale, left, right);
-  const Tensor q_GNH = tokens_GNH(q), k_GKH = tokens_GNH(k), v_GKH = tokens_GNH(v);
-  const int64_t heads = q_GNH.size(1), kv_heads = k_GKH.size(1), repeat = heads / kv_heads;
-  const bool is_flat = q.dim() == 3;
-  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == at::kFloat &&
-                  lse.sizes() == (is_flat ? at::IntArrayRef({heads, q.size(0)})
-                                          : at::IntArrayRef({q.size(0), heads, q.size(1)})),
-              "FlashAttention: the kernels read the log-sum-exp by its layout");
-  const Tensor lse_NG = is_flat ? lse : lse.transpose(0, 1).reshape({heads, -1});
+  const Flat in{tokens_GNH(q), tokens_GNH(k), tokens_GNH(v)};
+  const Seen seen{tokens_GNH(out), tokens_GNH(grad), checked_lse_NG(lse, q)};
   const Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
-  for (const Sequence& s : flash.sequences) {
-    if (s.queries == 0) continue;
-    const auto queries = [&](const Tensor& x) {
-      return heads_NTH(tokens_GNH(x), s.query, s.queries);
-    };
-    const Tensor q_NTH = queries(q), g_NTH = queries(grad);
-    const Tensor k_NSH = heads_NTH(k_GKH, s.key, s.keys, repeat),
-                 v_NSH = heads_NTH(v_GKH, s.key, s.keys, repeat);
-    const Tensor lse_NT1 = lse_NG.narrow(1, s.query, s.queries).unsqueeze(2);
-    const Tensor p_NTS = (scores_NTS(flash, s, q_NTH, k_NSH) - lse_NT1).exp();
-    const Tensor delta_NT1 = (g_NTH * queries(out)).sum(2, true);
-    const Tensor ds_NTS =
-        p_NTS * (at::matmul(g_NTH, v_NSH.transpose(1, 2)) - delta_NT1) * flash.scale;
-    const auto give = [&](const Tensor& x_GNH, int64_t first, const Tensor& x_NTH) {
-      const int64_t tokens = x_NTH.size(1), own = x_GNH.size(1);
-      const Tensor summed = x_NTH.view({own, heads / own, tokens, -1}).sum(1);
-      x_GNH.narrow(0, first, tokens).copy_(summed.transpose(0, 1));
-    };
-    give(tokens_GNH(dq), s.query, at::matmul(ds_NTS, k_NSH));
-    give(tokens_GNH(dk), s.key, at::matmul(ds_NTS.transpose(1, 2), q_NTH));
-    give(tokens_GNH(dv), s.key, at::matmul(p_NTS.transpose(1, 2), g_NTH));
-  }
+  const Flat into{tokens_GNH(dq), tokens_GNH(dk), tokens_GNH(dv)};
+  for (const Sequence& s : flash.sequences)
+    if (s.queries > 0) sequence_backward(flash, s, in, seen, into);
   return {dq, dk, dv};
 }
 

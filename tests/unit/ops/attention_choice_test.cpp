@@ -48,7 +48,7 @@ TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
   };
   expect([](auto& c) { c.path = Path::kReference; }, "CAPSTAN_OPS", "Unset");
   expect([](auto& c) { c.has_flash = false; }, "no FlashAttention", "");
-  expect([](auto& c) { c.dtype = at::kFloat; }, "not in Float", "precision.compute: bf16");
+  expect([](auto& c) { c.dtype = at::kFloat; }, "not in fp32", "precision.compute: bf16");
   expect([](auto& c) { c.head_size = 20; }, "heads of 20", "model.head_dim");
   expect([](auto& c) { c.head_size = 264; }, "heads of 264", "model.head_dim");
   expect([](auto& c) { c.documents = true; }, "in parts", "parallel.context.method: all_to_all");
