@@ -43,6 +43,7 @@ inline constexpr Api kLinkedApi{
     .combine_rows_backward = combine_rows_backward,
     .norm_partial_rows = norm_partial_rows,
     .embedding_workspace_bytes = embedding_workspace_bytes,
+    .expert_order_workspace_bytes = expert_order_workspace_bytes,
     .cut_tiles = cut_tiles,
 };
 

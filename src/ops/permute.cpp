@@ -12,7 +12,9 @@
 #include <algorithm>
 
 #include "capstan/base/check.h"
+#include "capstan/ops/device_kernels.h"
 #include "capstan/ops/path.h"
+#include "ops/experts_on_device_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -68,6 +70,7 @@ Tensor sum_reference(const Tensor& rows_RD, const Tensor& weights_Nk, const Tens
 Tensor sum_of_rows(const Tensor& rows_in, const Tensor& weights_Nk, const Tensor& place_Nk,
                    Path form) {
   if (form == Path::kReference) return sum_reference(rows_in, weights_Nk, place_Nk);
+  if (form == Path::kDevice) return on_device::sum_of_rows(rows_in, weights_Nk, place_Nk);
   const Tensor rows_RD = rows_in.contiguous();
   const Tensor weights = weights_Nk.defined() ? weights_Nk.contiguous() : weights_Nk;
   const Tensor sum_ND = at::empty({place_Nk.size(0), rows_RD.size(1)}, rows_RD.options());
@@ -119,7 +122,10 @@ Tensors split_reference(const Tensor& grad_ND, const Tensor& rows_RD, const Tens
 }
 
 Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tensor& weights_in,
-                        const Tensor& slot_R, Path form) {
+                        const ExpertOrder& order, Path form) {
+  if (form == Path::kDevice)
+    return on_device::split_gradients(grad_in, rows_in, weights_in, order.place_Nk);
+  const Tensor slot_R = order.slot_R;
   if (form == Path::kReference) return split_reference(grad_in, rows_in, weights_in, slot_R);
   const Tensor grad_ND = grad_in.contiguous(), rows_RD = rows_in.contiguous();
   const Tensor weights_Nk = weights_in.contiguous();
@@ -130,14 +136,17 @@ Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tens
   return {drows_RD, dweights_Nk};
 }
 
-// Devices have no kernels for it yet.
-Path host_form(const Tensor& x) {
-  return path_of(x) == Path::kFused ? Path::kFused : Path::kReference;
+// Choices are integers, so path_of() does not know them.
+bool has_kernel(const Tensor& experts_Nk, int64_t experts) {
+  return !experts_Nk.is_cpu() && path() != Path::kReference && device_kernels() != nullptr &&
+         on_device::takes_order(experts_Nk.numel(), experts);
 }
 
 }  // namespace
 
 ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts) {
+  if (has_kernel(experts_in, experts))
+    return on_device::order_by_expert(experts_in, keep_in, experts);
   const Tensor experts_Nk = experts_in.cpu().contiguous();
   const Tensor keep_Nk = keep_in.defined() ? keep_in.cpu().contiguous() : keep_in;
   const auto* const chosen = experts_Nk.const_data_ptr<int64_t>();
@@ -171,14 +180,15 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
 }
 
 Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
-  const Path form = host_form(x_ND);
+  const Path form = path_of(x_ND);
   const int64_t k = order.place_Nk.size(1);
   CAPSTAN_CHECK(x_ND.dim() == 2 && x_ND.size(0) == order.place_Nk.size(0),
                 "permute: {} tokens for an order of {}", x_ND.size(0), order.place_Nk.size(0));
   Tensor rows_RD;
   {
     at::NoGradGuard no_grad;
-    rows_RD = x_ND.index_select(0, at::floor_divide(order.slot_R, k));
+    rows_RD = form == Path::kDevice ? on_device::permute_tokens(x_ND, order)
+                                    : x_ND.index_select(0, at::floor_divide(order.slot_R, k));
   }
   const Tensor place_Nk = order.place_Nk;
   return record(rows_RD, {"permute_tokens",
@@ -192,7 +202,7 @@ Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
 }
 
 Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOrder& order) {
-  const Path form = host_form(y_RD);
+  const Path form = path_of(y_RD);
   CAPSTAN_CHECK(y_RD.dim() == 2 && y_RD.size(0) == order.slot_R.numel() &&
                     weights_in.sizes() == order.place_Nk.sizes(),
                 "combine: {} rows for an order of {}", y_RD.size(0), order.slot_R.numel());
@@ -204,14 +214,13 @@ Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOr
     at::NoGradGuard no_grad;
     sum_ND = sum_of_rows(y_RD, weights_in, order.place_Nk, form);
   }
-  const Tensor slot_R = order.slot_R;
   return record(sum_ND, {"combine_rows",
                          {y_RD, weights_in},
                          {},
                          {y_RD, weights_in},
-                         [slot_R, form](const Tensors& saved, Tensors& grads) {
+                         [order, form](const Tensors& saved, Tensors& grads) {
                            at::NoGradGuard no_grad;
-                           return split_gradients(grads[0], saved[0], saved[1], slot_R, form);
+                           return split_gradients(grads[0], saved[0], saved[1], order, form);
                          }});
 }
 

@@ -8,6 +8,8 @@
 
 #include "capstan/base/check.h"
 #include "capstan/ops/linear.h"
+#include "capstan/ops/path.h"
+#include "ops/experts_on_device_internal.h"
 #include "ops/router_internal.h"
 
 namespace capstan::ops {
@@ -55,8 +57,14 @@ void add_balance_gradient(Tensor& grad_NE, const Tensor& scores_NE, const Router
   grad_NE.add_((balance_NE - mean_N1) / s.total_N1);
 }
 
+bool has_kernel(const Tensor& logits_NE, const RouterSpec& spec) {
+  return path_of(logits_NE) == Path::kDevice && on_device::takes_router(spec, logits_NE.size(1));
+}
+
 Tensor logit_gradient(const Tensor& grad_Nk, const Tensor& logits_NE, const Tensor& experts_Nk,
                       const RouterSpec& spec, const RouterLoss& loss) {
+  if (has_kernel(logits_NE, spec))
+    return on_device::logit_gradient(grad_Nk, logits_NE, experts_Nk, spec, loss);
   const Tensor scores_NE = scores_of(logits_NE, spec.sigmoid);
   Tensor grad_NE = at::zeros_like(scores_NE);
   grad_NE.scatter_(1, experts_Nk, chosen_gradient(grad_Nk, scores_NE.gather(1, experts_Nk), spec));
@@ -83,6 +91,11 @@ Routing route(const Tensor& x_ND, const Tensor& weight_ED, const Tensor& bias_E,
   const auto wide = wide_dtype(x_ND);
   Routing r;
   r.logits_NE = linear_forward(x_ND.to(wide), weight_ED.to(wide), {});
+  check_router(spec, r.logits_NE.size(1));
+  if (has_kernel(r.logits_NE, spec)) {
+    on_device::fill_routing(r, bias_E, spec);
+    return r;
+  }
   r.scores_NE = scores_of(r.logits_NE, spec.sigmoid);
   r.experts_Nk = choose_experts(r.scores_NE, bias_E, spec);
   Tensor weights_Nk = r.scores_NE.gather(1, r.experts_Nk);

@@ -54,6 +54,7 @@ struct Api {
   // What launchers need beside their arguments; on the host.
   int64_t (*norm_partial_rows)(int64_t rows);
   size_t (*embedding_workspace_bytes)(const EmbeddingShape& shape);
+  size_t (*expert_order_workspace_bytes)(int64_t slots, int64_t experts);
   std::vector<Tile> (*cut_tiles)(std::span<const FlatRange> ranges);
 };
 

@@ -18,6 +18,7 @@ void to_host(LogitRows& rows) {
   to_host(rows.logits);
   to_host(rows.targets);
 }
+void to_host(PermuteShape& shape) { to_host(shape.place); }
 
 // A launcher whose device pointers are the given members of its arguments.
 template <class Args, auto kLaunch, auto... kPointers>
@@ -36,6 +37,10 @@ using NB = NormBackwardArgs;
 using OA = OptimizerArgs;
 using BA = BlockwiseArgs;
 using SN = SquaredNormArgs;
+using RF = RouterForwardArgs;
+using RB = RouterBackwardArgs;
+using EO = ExpertOrderArgs;
+using CB = CombineRowsBackwardArgs;
 
 template <auto kLaunch>
 constexpr auto kNormForward = launch<NF, kLaunch, &NF::residual, &NF::hidden, &NF::weight,
@@ -92,6 +97,19 @@ Api make_api() {
                         &CastFp8Args::out, &CastFp8Args::transposed, &CastFp8Args::amax>;
   api.cast_rows_fp8 = launch<CastRowsFp8Args, cast_rows_fp8, &CastRowsFp8Args::x,
                              &CastRowsFp8Args::out, &CastRowsFp8Args::inverse_scale>;
+  api.router_forward =
+      launch<RF, router_forward, &RF::logits, &RF::bias, &RF::scores, &RF::chosen, &RF::weights>;
+  api.router_backward = launch<RB, router_backward, &RB::logits, &RB::chosen, &RB::grad_weights,
+                               &RB::balance, &RB::row, &RB::grad_logits>;
+  api.expert_order = launch<EO, expert_order, &EO::chosen, &EO::keep, &EO::place, &EO::slot,
+                            &EO::counts, &EO::workspace>;
+  api.permute_tokens = launch<PermuteTokensArgs, permute_tokens, &PermuteTokensArgs::shape,
+                              &PermuteTokensArgs::x, &PermuteTokensArgs::rows>;
+  api.combine_rows =
+      launch<CombineRowsArgs, combine_rows, &CombineRowsArgs::shape, &CombineRowsArgs::rows,
+             &CombineRowsArgs::weights, &CombineRowsArgs::out>;
+  api.combine_rows_backward = launch<CB, combine_rows_backward, &CB::shape, &CB::grad, &CB::rows,
+                                     &CB::weights, &CB::d_rows, &CB::d_weights>;
   api.fill_normal = launch<FillNormalArgs, fill_normal, &FillNormalArgs::out>;
   return api;
 }
