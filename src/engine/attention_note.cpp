@@ -14,21 +14,33 @@ bool has_parts_of_rows(const plan::Plan& plan) {
   return plan.grid.sizes().cp > 1 && plan.resolved.parallel.context.method != "all_to_all";
 }
 
+// A window in a ring: the last chunk of keys that its chunk of queries still sees, if a window cuts
+// one.
+void cut_by_window(ops::AttentionCase& asked, int64_t ranks) {
+  const int64_t chunk = asked.keys / (2 * ranks), window = *asked.sliding_window;
+  const int64_t offset = (window + chunk - 1) / chunk * chunk;
+  if (offset >= asked.keys) return;
+  asked.queries = asked.keys = chunk;
+  asked.query_offset = offset;
+}
+
 }  // namespace
 
 ops::AttentionCase attention_case(const plan::Plan& plan, at::Device device) {
   const plan::ModelShape& shape = plan.model().shape;
   const bool documents = plan.resolved.data.documents == "separate";
-  return {.path = ops::path(),
-          .on_cpu = device.is_cpu(),
-          .has_flash = ops::has_flash(device),
-          .dtype = parallel::scalar_type_of(plan.precision.compute),
-          .head_size = shape.head_dim,
-          .queries = plan.batch.sequence_length,
-          .keys = plan.batch.sequence_length,
-          .sliding_window = shape.sliding_window,
-          .documents = documents,
-          .has_starts = documents && !has_parts_of_rows(plan)};
+  ops::AttentionCase asked{.path = ops::path(),
+                           .on_cpu = device.is_cpu(),
+                           .has_flash = ops::has_flash(device),
+                           .dtype = parallel::scalar_type_of(plan.precision.compute),
+                           .head_size = shape.head_dim,
+                           .queries = plan.batch.sequence_length,
+                           .keys = plan.batch.sequence_length,
+                           .sliding_window = shape.sliding_window,
+                           .documents = documents,
+                           .has_starts = documents && !has_parts_of_rows(plan)};
+  if (asked.sliding_window && has_parts_of_rows(plan)) cut_by_window(asked, plan.grid.sizes().cp);
+  return asked;
 }
 
 bool uses_document_starts(const plan::Plan& plan, at::Device device) {
@@ -44,10 +56,12 @@ void log_attention(const plan::Plan& plan, at::Device device) {
   if (choice.form != ops::AttentionForm::kReference)
     return log::info("engine", "attention: {}", ops::name_of(choice.form));
   const bool is_narrow = at::elementSize(asked.dtype) == 2;
-  log::write(is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
-             fmt::format("attention takes the reference, which keeps [heads, {0}, {0}] scores in "
-                         "memory: {1}{2}{3}",
-                         asked.queries, choice.reason, choice.fix.empty() ? "" : ". ", choice.fix));
+  log::write(
+      is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
+      fmt::format("attention{0} takes the reference, which keeps [heads, {1}, {1}] scores in "
+                  "memory: {2}{3}{4}",
+                  has_parts_of_rows(plan) ? " of some parts of rows" : "", asked.queries,
+                  choice.reason, choice.fix.empty() ? "" : ". ", choice.fix));
 }
 
 }  // namespace capstan::engine

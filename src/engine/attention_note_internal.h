@@ -9,7 +9,7 @@
 
 namespace capstan::engine {
 
-// What the attention of a training pass asks for; with a ring, its blocks of documents.
+// What the attention of a training pass asks for; with a ring, its least simple blocks.
 [[nodiscard]] ops::AttentionCase attention_case(const plan::Plan& plan, at::Device device);
 // Whether attention on the device reads the starts of documents.
 [[nodiscard]] bool uses_document_starts(const plan::Plan& plan, at::Device device);

@@ -84,7 +84,8 @@ AttentionChoice choose_attention(const AttentionCase& c) {
                      "Set data.documents: joined, or parallel.context.method: all_to_all");
   }
   if (flash_band(c)) return {AttentionForm::kFlash, "", ""};
-  return reference("some query sees no key, or a window ends before the last ones", "");
+  return reference("a part of a row has queries that see none of its keys",
+                   "Set parallel.context.method: all_to_all");
 }
 
 }  // namespace capstan::ops

@@ -191,6 +191,17 @@ TEST(DeviceAttention, TheReferenceInBf16IsAWarning) {
   EXPECT_THAT(ring[0].text, HasSubstr("parallel.context.method: all_to_all"));
 }
 
+TEST(DeviceAttention, AWindowInARingIsAWarning_WhereItCutsAPart) {
+  const auto warnings = [](const char* window) {
+    return warnings_of({.ranks = 2,
+                        .overrides = narrow({"parallel.context.size=2",
+                                             std::string("model.sliding_window=") + window})});
+  };
+  ASSERT_EQ(warnings("5").size(), 1U);  // chunks of 3 tokens
+  EXPECT_THAT(warnings("5")[0].text, HasSubstr("parallel.context.method: all_to_all"));
+  EXPECT_THAT(warnings("12"), IsEmpty());
+}
+
 TEST(DeviceAttention, StartsAreFoundWhereTheyAreRead) {
   const at::Device device = device::run_device();
   const auto uses = [&](const TinyRun& run) {

@@ -59,7 +59,7 @@ TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
         c.query_offset = 128;
       },
       "in parts", "data.documents: joined");
-  expect([](auto& c) { c.query_offset = -1; }, "sees no key", "");
+  expect([](auto& c) { c.query_offset = -1; }, "see none", "all_to_all");
 }
 
 TEST(AttentionChoice, CpusTakeTheirOwnKernels) {
