@@ -4,28 +4,11 @@
 
 #include <fmt/format.h>
 
-#include <array>
-
 #include "capstan/base/error.h"
 
 namespace capstan::mesh {
-namespace {
 
-using plan::Axis;
 using plan::AxisSet;
-
-constexpr std::array kAxes = {Axis::kTp, Axis::kCp, Axis::kDpShard, Axis::kDpReplicate,
-                              Axis::kPp, Axis::kEp, Axis::kEdpShard};
-
-// Axes of length one do not change a group.
-AxisSet without_trivial(const plan::Grid& grid, AxisSet axes) {
-  AxisSet kept;
-  for (const Axis axis : kAxes)
-    if (axes.has(axis) && grid.size_of(axis) > 1) kept = kept | axis;
-  return kept;
-}
-
-}  // namespace
 
 Mesh::Mesh(comm::Communicator world, const plan::Grid& grid)
     : grid_(grid), world_(std::move(world)), coord_(grid.coord(world_.rank())) {
@@ -35,16 +18,12 @@ Mesh::Mesh(comm::Communicator world, const plan::Grid& grid)
                   .what = "laying the grid over the ranks",
                   .got = fmt::format("{} ranks", world_.size()),
                   .need = fmt::format("{}, the product of the axes", grid_.size())});
-  for (const Axis axis : kAxes) (void)along(AxisSet(axis));
-  const AxisSet replicate = Axis::kDpReplicate, shard = Axis::kDpShard, cp = Axis::kCp;
-  for (const AxisSet axes :
-       {shard | cp, replicate | shard, replicate | shard | cp, plan::kExpertDataAxes})
-    (void)along(axes);
+  for (const AxisSet axes : plan::group_axes()) (void)along(axes);
 }
 
 const comm::Communicator& Mesh::along(AxisSet axes) {
   if (const auto found = named_.find(axes.bits()); found != named_.end()) return found->second;
-  const AxisSet kept = without_trivial(grid_, axes);
+  const AxisSet kept = plan::without_trivial(grid_, axes);
   auto group = groups_.find(kept.bits());
   if (group == groups_.end()) {
     const std::string name = plan::name_of(kept.empty() ? axes : kept);

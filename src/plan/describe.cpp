@@ -141,8 +141,11 @@ std::string describe_states(const Plan& plan) {
 
 std::string describe_memory(const Plan& plan) {
   const MemoryReport& m = plan.memory;
-  std::string text =
-      row("memory", fmt::format("{} predicted peak of rank 0", format_bytes(m.peak())));
+  const bool on_gpu = plan.resolved.run.device == "cuda";
+  std::string text = row(
+      "memory", on_gpu ? fmt::format("{} predicted on the GPU of rank 0, {} of tensors at the peak",
+                                     format_bytes(m.needed()), format_bytes(m.peak()))
+                       : fmt::format("{} predicted peak of rank 0", format_bytes(m.peak())));
   const auto add = [&](const char* name, int64_t bytes, const char* what) {
     text += row("", fmt::format("{:<14}{:>12}  {}", name, format_bytes(bytes), what));
   };
@@ -157,6 +160,9 @@ std::string describe_memory(const Plan& plan) {
   add("data", m.data,
       plan.model().shape.family == "gpt2" ? "ids, targets, positions"
                                           : "ids, targets, positions, rotary table");
+  if (on_gpu)
+    add("device", m.device, "CUDA context, cuBLAS, NCCL, pool of graphs: assumed, not measured");
+  if (m.host > 0) add("on the host", m.host, "of the tensors above, by parallel.zero.offload");
   if (m.checkpoint_snapshot > 0)
     text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
                                 format_bytes(m.checkpoint_snapshot)));

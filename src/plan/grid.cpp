@@ -141,4 +141,37 @@ int Grid::data_parallel_index(int rank) const {
   return index_along(AxisSet(Axis::kDpReplicate) | Axis::kDpShard, rank);
 }
 
+const std::vector<AxisSet>& group_axes() {
+  static const std::vector<AxisSet> axes = {Axis::kTp,
+                                            Axis::kCp,
+                                            Axis::kDpShard,
+                                            Axis::kDpReplicate,
+                                            Axis::kPp,
+                                            Axis::kEp,
+                                            Axis::kEdpShard,
+                                            Axis::kDpShard | Axis::kCp,
+                                            Axis::kDpReplicate | Axis::kDpShard,
+                                            kDenseAxes,
+                                            kExpertDataAxes};
+  return axes;
+}
+
+AxisSet without_trivial(const Grid& grid, AxisSet axes) {
+  AxisSet kept = axes;
+  for (const Axis axis : {Axis::kTp, Axis::kCp, Axis::kDpShard, Axis::kDpReplicate, Axis::kPp,
+                          Axis::kEp, Axis::kEdpShard})
+    if (axes.has(axis) && grid.size_of(axis) == 1) kept = kept.without(axis);
+  return kept;
+}
+
+std::vector<AxisSet> distinct_groups(const Grid& grid) {
+  std::vector<AxisSet> groups;
+  for (const AxisSet axes : group_axes()) {
+    const AxisSet kept = without_trivial(grid, axes);
+    if (!kept.empty() && std::find(groups.begin(), groups.end(), kept) == groups.end())
+      groups.push_back(kept);
+  }
+  return groups;
+}
+
 }  // namespace capstan::plan

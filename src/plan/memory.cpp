@@ -83,12 +83,15 @@ int representative(const Plan& plan, int pipeline_rank) {
 }
 
 std::string list_categories(const MemoryReport& m) {
-  return fmt::format(
+  std::string text = fmt::format(
       "parameters {}, master {}, gradients {}, optimizer {}, activations {}, workspace {}, "
       "communication {}, data {}",
       format_bytes(m.parameters), format_bytes(m.master), format_bytes(m.gradients),
       format_bytes(m.optimizer), format_bytes(m.activations), format_bytes(m.workspace),
       format_bytes(m.communication), format_bytes(m.data));
+  if (m.device > 0) text += ", device " + format_bytes(m.device);
+  if (m.host > 0) text += fmt::format(", of which {} on the host", format_bytes(m.host));
+  return text;
 }
 
 }  // namespace
@@ -113,6 +116,8 @@ MemoryReport report_memory(const Plan& plan, int rank) {
   memory.workspace = peak.workspace;
   memory.communication = peak.communication;
   memory.data = data_bytes(plan);
+  memory.device = device_bytes(plan, memory);
+  memory.host = host_bytes(plan, layout);
   if (plan.resolved.checkpoint.asynchronous) {
     // Copies are shared out: each data-parallel rank saves its part of the weights and moments.
     int64_t bytes = 0;
@@ -139,25 +144,27 @@ void check_memory(Draft& draft, const Plan& plan) {
   const int64_t available = plan.topology.memory_bytes;
   if (available <= 0) return;
   const int local = std::max(plan.topology.local_size, 1), stages = plan.grid.sizes().pp;
+  const bool on_gpus = plan.resolved.run.device == "cuda";
   MemoryReport largest = plan.memory;
   int64_t sum = 0;
   for (int stage = 0; stage < stages; ++stage) {
     const MemoryReport m =
         stage == 0 ? plan.memory : report_memory(plan, representative(plan, stage));
-    if (m.peak() > largest.peak()) largest = m;
-    sum += saturating_multiply(std::min(m.peak(), kSaturated), plan.grid.size() / stages);
+    if (m.needed() > largest.needed()) largest = m;
+    sum += saturating_multiply(std::min(m.needed(), kSaturated), plan.grid.size() / stages);
     sum = std::min(sum, kSaturated);
   }
   if (local != plan.grid.size())
-    sum = saturating_multiply(std::min(largest.peak(), kSaturated), local);
+    sum = saturating_multiply(std::min(largest.needed(), kSaturated), local);
   if (sum <= available) return;
   draft.refuse({"batch.micro_samples",
-                fmt::format("{} ranks here x {} each ({}{})", local, format_bytes(largest.peak()),
+                fmt::format("{} ranks here x {} each ({}{})", local, format_bytes(largest.needed()),
                             largest.rank > 0 ? fmt::format("rank {}: ", largest.rank) : "",
                             list_categories(largest)),
-                fmt::format("at most {} on this host", format_bytes(available)),
+                fmt::format("at most {} on {}", format_bytes(available),
+                            on_gpus ? "the GPUs of this host" : "this host"),
                 "training would run out of memory",
-                largest.activations + largest.workspace > largest.peak() / 2
+                largest.activations + largest.workspace > largest.needed() / 2
                     ? "Lower batch.micro_samples or batch.sequence_length, or start fewer ranks"
                     : "Make the model smaller, or start fewer ranks"});
 }

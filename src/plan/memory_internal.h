@@ -24,6 +24,9 @@ struct StepMoment {
     return activations + workspace + communication + values + gradients;
   }
 };
+// MemoryReport's `device`, from the rest of the report, and `host`.
+[[nodiscard]] int64_t device_bytes(const Plan& plan, const MemoryReport& tensors);
+[[nodiscard]] int64_t host_bytes(const Plan& plan, const RankLayout& layout);
 [[nodiscard]] StepMoment find_peak(const Plan& plan, const RankLayout& layout, int pipeline_rank);
 
 }  // namespace capstan::plan

@@ -111,7 +111,10 @@ Json report_json(const MemoryReport& m) {
           {"communication", m.communication},
           {"data", m.data},
           {"peak", m.peak()},
-          {"checkpoint_snapshot", m.checkpoint_snapshot}};
+          {"checkpoint_snapshot", m.checkpoint_snapshot},
+          {"device", m.device},
+          {"host", m.host},
+          {"needed", m.needed()}};
 }
 
 Json memory_json(const Plan& plan) {

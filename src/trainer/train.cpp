@@ -82,10 +82,12 @@ void announce(const plan::Plan& plan, const TrainOptions& options, const Path& r
   const plan::MemoryReport& m = plan.memory;
   log::info("plan",
             "predicted peak per rank {}: parameters {}, gradients {}, optimizer {}, activations "
-            "{}, workspace {}",
+            "{}, workspace {}{}",
             format_bytes(m.peak()), format_bytes(m.parameters + m.master),
             format_bytes(m.gradients), format_bytes(m.optimizer), format_bytes(m.activations),
-            format_bytes(m.workspace));
+            format_bytes(m.workspace),
+            r.run.device == "cuda" ? fmt::format("; {} on the GPU in all", format_bytes(m.needed()))
+                                   : std::string());
   if (r.run.device == "cpu" &&
       plan.threads_per_rank * plan.topology.local_size > plan.topology.physical_cores)
     log::warning("trainer", "{} ranks x {} threads on {} cores: they will wait for one another",
@@ -132,7 +134,7 @@ std::optional<TrainResult> already_finished(const std::optional<ResumePoint>& po
 }
 
 // The device was opened before the recipe met its checkpoint, which may fix another one.
-void prepare_device(const recipe::Run& run) {
+void check_device(const recipe::Run& run) {
   const std::string opened = device::accelerator() ? "cuda" : "cpu";
   if (run.device != "auto" && run.device != opened)
     throw ConfigError(ErrorText{.module = "trainer",
@@ -145,7 +147,6 @@ void prepare_device(const recipe::Run& run) {
                                            : "Go on where capstan doctor finds a GPU for every "
                                              "rank, or on CPUs with --set run.device=cpu "
                                              "--allow-change run.device"});
-  if (opened == "cuda" && run.deterministic) device::compute_deterministically();
 }
 
 TrainResult train_in(const TrainOptions& options, const comm::Communicator& world,
@@ -156,7 +157,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   const std::optional<ResumePoint> point = find_resume_point(
       path, options.resume, checkpoint::parse_verify(recipe.recipe.checkpoint.verify), group);
   if (point) adopt_fixed_values(recipe.recipe, point->recipe);
-  prepare_device(recipe.recipe.run);
+  check_device(recipe.recipe.run);
 
   std::optional<text::Tokenizer> tokenizer;
   if (recipe.recipe.data.tokenizer)
@@ -164,6 +165,8 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
   const plan::Plan plan = plan::make_plan(
       recipe, plan::local_topology(world.size(), options.local_size, recipe.recipe.run.device),
       {.tokenizer_vocab_size = tokenizer ? std::optional(tokenizer->vocab_size()) : std::nullopt});
+  check_device(plan.resolved.run);
+  if (device::accelerator() && plan.resolved.run.deterministic) device::compute_deterministically();
   plan::check_fp8_gpus(plan.resolved, probe_gpus().gpus);
   const std::string fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   const data::TrainLoader loader(data::make_data_options(plan.resolved, fingerprint));

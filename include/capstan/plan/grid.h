@@ -88,4 +88,12 @@ class Grid {
   Sizes sizes_;
 };
 
+// Axes along which every run has a communicator: kTp to kEdpShard alone, and what gradients and
+// rows travel over.
+[[nodiscard]] const std::vector<AxisSet>& group_axes();
+// Without the axes of length one, which do not change a group.
+[[nodiscard]] AxisSet without_trivial(const Grid& grid, AxisSet axes);
+// Those of group_axes() that have more than one rank, sets of the same ranks once.
+[[nodiscard]] std::vector<AxisSet> distinct_groups(const Grid& grid);
+
 }  // namespace capstan::plan

@@ -72,10 +72,16 @@ struct MemoryReport {
   int64_t communication = 0;
   int64_t data = 0;                 // ids, targets, positions, RoPE table
   int64_t checkpoint_snapshot = 0;  // host copy of an asynchronous save; not in the step's peak
+  // On cuda, beside tensors: CUDA context, workspaces of cuBLAS, buffers of NCCL, the pool of
+  // run.graphs. Assumed, not measured.
+  int64_t device = 0;
+  int64_t host = 0;  // on cuda, what of the peak zero.offload keeps in host memory
   [[nodiscard]] int64_t peak() const {
     return parameters + master + gradients + optimizer + activations + workspace + communication +
            data;
   }
+  // Of the memory of the host, on cuda of the GPU.
+  [[nodiscard]] int64_t needed() const { return peak() - host + device; }
 };
 
 // Predicted calls and bytes of one training step of a rank: key "axis/op", e.g.
@@ -144,7 +150,8 @@ struct PlanInputs {
 //   micro_batches, tokens_per_step} run {total_steps, total_tokens} flops {convention, per_token,
 //   forward {linear, attention, head}, six_n} memory {rank, parameters, master, gradients,
 //   optimizer, activations, workspace, communication, data, peak,
-//           checkpoint_snapshot, activation_terms [{part, phase, name, bytes}]}    bytes
+//           checkpoint_snapshot, device, host, needed = peak - host + device, activation_terms
+//           [{part, phase, name, bytes}]}    bytes
 //   traffic {"axis/op": {calls, bytes}}    per step, rank 0
 //   buckets [{blocks [n], bytes}]          in the order of their reductions, rank 0
 //   ranks [{rank, pp, blocks [n], parameters, flops, flops_again, memory, traffic}]   the first
