@@ -1,6 +1,11 @@
 # SPDX-FileCopyrightText: Capstan contributors
 # SPDX-License-Identifier: Apache-2.0
 # CAPSTAN_WITH_CUDA: nvcc and the runtime. Code for compute capability 8.0 and 9.0a unless told otherwise.
+# CAPSTAN_RUNS_CUDA: programs of this build find the plug-in.
+set(CAPSTAN_RUNS_CUDA ${CAPSTAN_WITH_CUDA})
+if(CAPSTAN_WITH_CUDA STREQUAL "CHECK")
+  set(CAPSTAN_RUNS_CUDA OFF)
+endif()
 if(CAPSTAN_WITH_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real" CACHE STRING "GPU architectures")

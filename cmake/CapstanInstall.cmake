@@ -13,7 +13,7 @@ endforeach()
 
 if(TARGET capstan)
   install(TARGETS capstan capstan_shared_base LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
-  if(TARGET capstan_cuda AND NOT CAPSTAN_WITH_CUDA STREQUAL "CHECK")
+  if(TARGET capstan_cuda AND CAPSTAN_RUNS_CUDA)
     install(TARGETS capstan_cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
   endif()
   install(DIRECTORY include/capstan DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
