@@ -37,6 +37,10 @@ void check_shape(const Tensor& x, const std::string& what, const std::vector<int
   refuse("reading " + what, shape_of(x), fmt::format("[{}] of Long", fmt::join(shape, ", ")));
 }
 
+Tensor pinned(const Tensor& x) {
+  return device::accelerator()->empty_pinned(x.sizes(), x.scalar_type()).copy_(x);
+}
+
 }  // namespace
 
 int64_t count_targets(const Tensor& targets_BT) {
@@ -90,8 +94,7 @@ void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size) {
 // From pinned memory the copy is queued like a kernel and the host goes on.
 Tensor to_device(const Tensor& x, at::Device device) {
   if (!x.defined() || device.is_cpu()) return x;
-  const Tensor pinned = device::accelerator()->empty_pinned(x.sizes(), x.scalar_type());
-  return pinned.copy_(x).to(device, x.scalar_type(), /*non_blocking=*/true);
+  return pinned(x).to(device, x.scalar_type(), /*non_blocking=*/true);
 }
 
 Tensor uniform_numbers(const MicroBatch& batch, uint64_t seed, int64_t step) {
@@ -120,7 +123,9 @@ MicroBatch to_device(const MicroBatch& batch, at::Device device) {
   on_device.rows.positions_BT = moved(batch.rows.positions_BT);
   on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);
   on_device.rows.documents.starts = moved(batch.rows.documents.starts);
-  return on_device;  // row_index_T is read on the CPU
+  // Read on the CPU, and by the experts on the device.
+  if (batch.rows.row_index_T.defined()) on_device.rows.row_index_T = pinned(batch.rows.row_index_T);
+  return on_device;
 }
 
 std::vector<MicroBatch> to_device(const std::vector<MicroBatch>& batches, at::Device device) {

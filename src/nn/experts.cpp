@@ -74,9 +74,9 @@ Tensor ExpertPass::load_SE(const Tensor& experts_Nk, at::ScalarType wide) const 
   }
   const Tensor counts_SE =
       ops::count_choices(experts_Nk, places.row_N, places.rows, count).to(at::kDouble);
-  if (cut.sum_rows) cut.sum_rows(counts_SE);  // counts are on the CPU
+  if (cut.sum_rows) cut.sum_rows(counts_SE);
   const auto choices = static_cast<double>(shape().per_token * places.row_length);
-  return (counts_SE * (static_cast<double>(count) / choices)).to(wide).to(experts_Nk.device());
+  return (counts_SE * (static_cast<double>(count) / choices)).to(wide);
 }
 
 ops::RouterLoss ExpertPass::loss(const ops::Routing& routing) const {
@@ -86,9 +86,7 @@ ops::RouterLoss ExpertPass::loss(const ops::Routing& routing) const {
                 "layer {}: losses on the router need the number of rows of the step", layer);
   const double per_token =
       context.loss_scale / (context.rows_of_step * static_cast<double>(places.row_length));
-  ops::RouterLoss loss{.balance_SE = {},
-                       .row_N = places.row_N.to(routing.scores_NE.device()),
-                       .z = e.z_loss * per_token};
+  ops::RouterLoss loss{.balance_SE = {}, .row_N = places.row_N, .z = e.z_loss * per_token};
   if (e.auxiliary_loss > 0)
     loss.balance_SE = load_SE(routing.experts_Nk, routing.scores_NE.scalar_type()) *
                       (e.auxiliary_loss * per_token);
@@ -114,7 +112,8 @@ void ExpertPass::report_routing(const ops::Routing& routing, const ops::RouterSp
   report("router_scores", routing.scores_NE);
   report("router_tokens", number(routing.experts_Nk.size(0)));
   if (wants("expert_tokens"))
-    report("expert_tokens", at::bincount(routing.experts_Nk.flatten(), {}, shape().count));
+    report("expert_tokens", ops::count_choices(routing.experts_Nk, at::zeros_like(places.row_N), 1,
+                                               shape().count)[0]);
   report("expert_dropped", keep_Nk.defined() ? keep_Nk.logical_not().sum() : number(0));
   if (wants("router_entropy")) {
     Tensor shares_NE = routing.scores_NE.to(at::kDouble);
@@ -137,12 +136,15 @@ Tensor expert_mlp(const ExpertInput& input, const Tensor& rows_RD,
 }  // namespace
 
 TokenPlaces places_of(const param::RowMap& rows, int64_t batch, int64_t tokens, int64_t first,
-                      int64_t row_length) {
+                      int64_t row_length, at::Device device) {
+  const auto longs = at::TensorOptions().dtype(at::kLong).device(device);
   TokenPlaces places{.row_N = {}, .place_N = {}, .rows = batch, .row_length = row_length};
-  const Tensor place_T = rows.row_index_T.defined() ? rows.row_index_T.narrow(0, first, tokens)
-                                                    : at::arange(first, first + tokens, at::kLong);
+  const Tensor place_T =
+      rows.row_index_T.defined()
+          ? rows.row_index_T.narrow(0, first, tokens).to(longs, /*non_blocking=*/true)
+          : at::arange(first, first + tokens, longs);
   places.place_N = place_T.repeat({batch});
-  places.row_N = at::arange(batch, at::kLong).repeat_interleave(tokens);
+  places.row_N = at::arange(batch, longs).unsqueeze(1).expand({batch, tokens}).reshape({-1});
   return places;
 }
 
@@ -183,7 +185,7 @@ Tensor Seams::experts(const Context& context, int layer, const Tensor& x_BTD,
                       const ExpertInput& input) {
   CAPSTAN_CHECK(context.rows, "a pass needs the map of its rows");
   const int64_t batch = x_BTD.size(0), tokens = x_BTD.size(1);
-  const TokenPlaces places = places_of(*context.rows, batch, tokens, 0, tokens);
+  const TokenPlaces places = places_of(*context.rows, batch, tokens, 0, tokens, x_BTD.device());
   return run_experts(context, layer, x_BTD.reshape({batch * tokens, -1}), input, places, {})
       .view(x_BTD.sizes());
 }

@@ -154,7 +154,21 @@ double choice_margin(const Tensor& scores_in, const Tensor& bias_E, const Router
   return margin;
 }
 
+namespace {
+
+// bincount() would wait for the device.
+Tensor count_each(const Tensor& groups, int64_t count) {
+  const Tensor flat = groups.flatten();
+  return at::zeros({count}, flat.options()).scatter_add_(0, flat, at::ones_like(flat));
+}
+
+}  // namespace
+
 Tensor count_choices(const Tensor& experts_Nk, const Tensor& row_N, int64_t rows, int64_t experts) {
+  if (!experts_Nk.is_cpu()) {
+    const Tensor first_N1 = row_N.to(experts_Nk.device()).unsqueeze(1) * experts;
+    return count_each(first_N1 + experts_Nk, rows * experts).view({rows, experts});
+  }
   const Tensor counts_SE = at::zeros({rows, experts}, at::kLong);
   auto* const counts = counts_SE.mutable_data_ptr<int64_t>();
   const Tensor row = row_N.cpu().contiguous(), chosen = experts_Nk.cpu().contiguous();
@@ -188,8 +202,29 @@ std::vector<int64_t> tokens_by_place(const Tensor& row_N, const Tensor& place_N,
 
 }  // namespace
 
+// Choices sorted by row and expert, among those by place in the row: how far one stands from the
+// start of its group is how many came before it. Padding is a group of its own.
+Tensor keep_by_sort(const Tensor& experts_Nk, const Tensor& row_N, const Tensor& place_N,
+                    const CapacitySpec& spec) {
+  const int64_t k = experts_Nk.size(1), padding = spec.rows * spec.experts;
+  const Tensor row_N1 = row_N.unsqueeze(1), choice_k = at::arange(k, experts_Nk.options());
+  const Tensor is_token_Nk = row_N1.ge(0).expand_as(experts_Nk);
+  const Tensor group_Nk = (row_N1 * spec.experts + experts_Nk).masked_fill(~is_token_Nk, padding);
+  const Tensor turn_Nk = place_N.unsqueeze(1).clamp_min(0) * k + choice_k;
+  const Tensor order = (group_Nk * (spec.row_length * k) + turn_Nk).flatten().argsort();
+  const Tensor counts = count_each(group_Nk, padding + 1);
+  const Tensor start =
+      (counts.cumsum(0) - counts).index_select(0, group_Nk.flatten().index_select(0, order));
+  const Tensor before =
+      at::empty_like(order).scatter_(0, order, at::arange(order.numel(), order.options()) - start);
+  return before.lt(spec.capacity).view_as(experts_Nk).logical_and(is_token_Nk);
+}
+
 Tensor keep_within_capacity(const Tensor& experts_in, const Tensor& row_N, const Tensor& place_N,
                             const CapacitySpec& spec) {
+  if (!experts_in.is_cpu())
+    return keep_by_sort(experts_in, row_N.to(experts_in.device()), place_N.to(experts_in.device()),
+                        spec);
   const Tensor experts_Nk = experts_in.cpu().contiguous();
   const int64_t k = experts_Nk.size(1);
   const auto token = tokens_by_place(row_N, place_N, spec);

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "capstan/base/check.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/plan/experts.h"
 
 namespace capstan::parallel {
@@ -39,11 +40,12 @@ ExpertBalance::ExpertBalance(const plan::ModelShape& shape, std::vector<int> lay
     : shape_(shape), layers_(std::move(layers)) {
   const plan::ExpertShape& e = shape_.experts;
   states_.resize(static_cast<size_t>(shape_.num_hidden_layers));
+  const auto options = at::TensorOptions().dtype(dtype).device(device::run_device());
   for (const int layer : layers_) {
     param::RouterState& state = states_.at(static_cast<size_t>(layer));
-    if (e.bias_update_rate > 0) state.bias_E = at::zeros({e.count}, dtype);
+    if (e.bias_update_rate > 0) state.bias_E = at::zeros({e.count}, options);
     if (e.auxiliary_loss > 0 && e.auxiliary_scope == "global")
-      state.fractions_E = at::full({e.count}, 1.0 / static_cast<double>(e.count), dtype);
+      state.fractions_E = at::full({e.count}, 1.0 / static_cast<double>(e.count), options);
   }
   reset();
 }
@@ -51,7 +53,7 @@ ExpertBalance::ExpertBalance(const plan::ModelShape& shape, std::vector<int> lay
 void ExpertBalance::reset() {
   sums_LX_ = at::zeros({static_cast<int64_t>(states_.size()),
                         shape_.experts.count + static_cast<int64_t>(kNumbers.size())},
-                       at::kDouble);
+                       at::TensorOptions().dtype(at::kDouble).device(device::run_device()));
 }
 
 bool ExpertBalance::computes(int layer) const {
@@ -72,20 +74,21 @@ void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
   if (listener_) listener_(name, layer, value, states_.at(static_cast<size_t>(layer)));
   const int64_t count = shape_.experts.count;
   if (std::string_view(name) == "expert_tokens") {
-    row(layer).narrow(0, 0, count).add_(value.cpu());
+    row(layer).narrow(0, 0, count).add_(value);
     return;
   }
   const auto* const it = std::find(kNumbers.begin(), kNumbers.end(), std::string_view(name));
-  if (it != kNumbers.end()) row(layer)[count + (it - kNumbers.begin())].add_(value.cpu());
+  if (it != kNumbers.end()) row(layer)[count + (it - kNumbers.begin())].add_(value);
 }
 
 std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& group, bool applied) {
   at::NoGradGuard no_grad;
   std::vector<ExpertLoad> loads;
-  if (group.size() > 1) group.control().all_reduce(sums_LX_).wait();
-  const int64_t count = shape_.experts.count, width = sums_LX_.size(1);
+  const at::Tensor sums_LX = sums_LX_.cpu();
+  if (group.size() > 1) group.control().all_reduce(sums_LX).wait();
+  const int64_t count = shape_.experts.count, width = sums_LX.size(1);
   for (int layer = 0; layer < shape_.num_hidden_layers; ++layer) {
-    const double* const x = sums_LX_.const_data_ptr<double>() + layer * width;
+    const double* const x = sums_LX.const_data_ptr<double>() + layer * width;
     ExpertLoad load{.layer = layer, .tokens = {x, x + count}};
     load.dropped = x[count];
     load.routed_tokens = x[count + 1];
@@ -108,7 +111,7 @@ void ExpertBalance::update(const ExpertLoad& load) {
   if (!state.bias_E.defined()) return;
   // Exact comparison: counts are whole, and count x E against the sum avoids the rounded mean.
   const at::Tensor error_E = sum - tokens_E * static_cast<double>(shape_.experts.count);
-  state.bias_E.add_(error_E.sign().to(state.bias_E.scalar_type()), shape_.experts.bias_update_rate);
+  state.bias_E.add_(error_E.sign().to(state.bias_E.options()), shape_.experts.bias_update_rate);
 }
 
 std::vector<mesh::StateEntry> ExpertBalance::state_entries(const std::string& model,

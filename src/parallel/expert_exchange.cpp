@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "capstan/base/check.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/ops/record.h"
 
 namespace capstan::parallel {
@@ -23,16 +24,16 @@ namespace {
 struct Route {
   comm::Communicator group;
   std::vector<int64_t> sent, received;  // rows to and from each rank
-  Tensor arrival_Q;                     // place among the arrivals of each row in expert order
+  Tensor arrival_Q;  // place among the arrivals of each row in expert order; on the rows' device
 
   [[nodiscard]] Tensor out(const Tensor& x_RD) const {
     const Tensor arrived_QD = at::empty({arrival_Q.numel(), x_RD.size(1)}, x_RD.options());
     group.all_to_all_v(arrived_QD, x_RD.contiguous(), received, sent).wait();
-    return arrived_QD.index_select(0, arrival_Q.to(x_RD.device()));
+    return arrived_QD.index_select(0, arrival_Q);
   }
   [[nodiscard]] Tensor back(const Tensor& y_QD) const {
     const Tensor leaving_QD = at::empty(y_QD.sizes(), y_QD.options());
-    leaving_QD.index_copy_(0, arrival_Q.to(y_QD.device()), y_QD);
+    leaving_QD.index_copy_(0, arrival_Q, y_QD);
     const int64_t rows = std::accumulate(sent.begin(), sent.end(), int64_t{0});
     const Tensor x_RD = at::empty({rows, y_QD.size(1)}, y_QD.options());
     group.all_to_all_v(x_RD, leaving_QD, sent, received).wait();
@@ -71,7 +72,10 @@ Tensor arrivals_by_expert(const Tensor& arriving_pe) {
   const auto cells = static_cast<size_t>(ranks * experts);
   std::vector<int64_t> first(cells + 1, 0);  // among the arrivals
   std::partial_sum(counts, counts + cells, first.begin() + 1);
-  const Tensor arrival_Q = at::empty({first.back()}, at::kLong);
+  // From pinned memory the copy to the device is queued and the host goes on.
+  device::Accelerator* const accelerator = device::accelerator();
+  const Tensor arrival_Q = accelerator ? accelerator->empty_pinned({first.back()}, at::kLong)
+                                       : at::empty({first.back()}, at::kLong);
   auto* next = arrival_Q.mutable_data_ptr<int64_t>();
   for (int64_t e = 0; e < experts; ++e)
     for (int64_t r = 0; r < ranks; ++r) {
@@ -79,7 +83,7 @@ Tensor arrivals_by_expert(const Tensor& arriving_pe) {
       std::iota(next, next + counts[cell], first[cell]);
       next += counts[cell];
     }
-  return arrival_Q;
+  return arrival_Q.to(device::run_device(), /*dtype=*/at::kLong, /*non_blocking=*/true);
 }
 
 }  // namespace

@@ -83,11 +83,11 @@ Tensor gather_all(const Slice& slice, const Tensor& y_nD) {
 Tensor keep_over(const comm::Communicator& group, int64_t part, const Tensor& experts_nk,
                  const nn::TokenPlaces& places, const ops::CapacitySpec& spec) {
   const int64_t k = experts_nk.size(1), count = experts_nk.size(0);
-  const Tensor mine = at::full({part, k + 2}, -1, at::kInt);
+  const Tensor mine = at::full({part, k + 2}, -1, experts_nk.options().dtype(at::kInt));
   mine.narrow(0, 0, count).narrow(1, 0, k).copy_(experts_nk);
   mine.narrow(0, 0, count).select(1, k).copy_(places.row_N);
   mine.narrow(0, 0, count).select(1, k + 1).copy_(places.place_N);
-  const Tensor all = at::empty({part * group.size(), k + 2}, at::kInt);
+  const Tensor all = at::empty({part * group.size(), k + 2}, mine.options());
   group.all_gather(all, mine).wait();
   const Tensor wide = all.to(at::kLong);
   return ops::keep_within_capacity(wide.narrow(1, 0, k), wide.select(1, k), wide.select(1, k + 1),
@@ -132,13 +132,13 @@ Tensor parallel_experts(const ExpertParallel& layout, const nn::Context& context
     const int64_t ranks = is_split ? layout.tensor.size() : 1;
     const nn::TokenPlaces places =
         nn::places_of(*context.rows, batch, tokens, is_split ? layout.tensor.rank() * tokens : 0,
-                      whole_row(*context.rows, tokens * ranks));
+                      whole_row(*context.rows, tokens * ranks), x_BTD.device());
     return nn::run_experts(context, layer, x_ND, input, places, cut_of(layout, x_ND.size(0)))
         .view(x_BTD.sizes());
   }
   const Slice slice(layout.tensor, batch * tokens);
-  nn::TokenPlaces places =
-      nn::places_of(*context.rows, batch, tokens, 0, whole_row(*context.rows, tokens));
+  nn::TokenPlaces places = nn::places_of(*context.rows, batch, tokens, 0,
+                                         whole_row(*context.rows, tokens), x_BTD.device());
   places.row_N = slice.own(places.row_N);
   places.place_N = slice.own(places.place_N);
   const Tensor y_nD = nn::run_experts(context, layer, take_own(slice, x_ND), input, places,

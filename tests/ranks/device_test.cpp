@@ -348,6 +348,29 @@ TEST(Device, TheHostNeverWaitsInAStep) {
   ops::install_device_kernels(nullptr);
 }
 
+// For the counts of each layer and pass; at the end of a step for the loss, the norm and the
+// statistics, and to write two states of each router where it has them.
+TEST(Device, ExpertsWaitOncePerLayerAndPass) {
+  ops::install_device_kernels(&test::fake_kernels());
+  const auto count_waits = [](int rank, Engine& engine) {
+    const auto objective = make_next_token_objective();
+    (void)engine.step(make_batches(engine.plan(), rank, 0), *objective);
+    const auto batches = make_batches(engine.plan(), rank, 1);
+    const int64_t before = test::host_syncs();
+    (void)engine.step(batches, *objective);
+    const int64_t waits = test::host_syncs() - before;
+    const auto& shape = engine.plan().model().shape;
+    const int64_t states = shape.experts.bias_update_rate > 0 ? 2 : 0;
+    const auto passes = static_cast<int64_t>(batches.size());
+    EXPECT_EQ(waits, shape.num_hidden_layers * (passes + states) + 3)
+        << test::last_host_syncs(waits);
+  };
+  for (const Case& c : cases())
+    if (std::string_view(c.name).starts_with("experts"))
+      testing::with_engines({.overrides = c.overrides}, count_waits, on_own_thread());
+  ops::install_device_kernels(nullptr);
+}
+
 void expect_reports_late(const std::vector<std::string>& overrides, bool late) {
   testing::with_engines(
       {.overrides = overrides},

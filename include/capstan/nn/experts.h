@@ -23,7 +23,7 @@ struct ExpertInput {
   std::vector<Projection> gate_up, down;  // gate and up in one projection
 };
 
-// Which token of which row each local token is.
+// Which token of which row each local token is; on the device of the tokens.
 struct TokenPlaces {
   Tensor row_N;    // int64, row of the micro-batch
   Tensor place_N;  // int64, place in the whole row
@@ -62,6 +62,6 @@ struct ExpertCut {
 // Places of tokens [B, T] that lie in order: token t of a row is row_index_T[first + t], or
 // first + t when the map has no index.
 [[nodiscard]] TokenPlaces places_of(const param::RowMap& rows, int64_t batch, int64_t tokens,
-                                    int64_t first, int64_t row_length);
+                                    int64_t first, int64_t row_length, at::Device device);
 
 }  // namespace capstan::nn

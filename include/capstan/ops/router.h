@@ -52,13 +52,13 @@ struct RouterLossValues {
 [[nodiscard]] double choice_margin(const Tensor& scores_NE, const Tensor& bias_E,
                                    const RouterSpec& spec);
 
-// Tokens per row and expert, [S, E] int64.
+// Tokens per row and expert, [S, E] int64, on the device of the experts.
 [[nodiscard]] Tensor count_choices(const Tensor& experts_Nk, const Tensor& row_N, int64_t rows,
                                    int64_t experts);
 
 // Which choices stay when an expert takes at most `capacity` tokens of a row, first come first
 // served by the place in the row: bool [N, k]. The tokens are all of the rows, in any order; rows
-// of -1 are padding.
+// of -1 are padding. Rows that are not whole are an InternalError on the CPU; devices do not look.
 struct CapacitySpec {
   int64_t rows = 0, row_length = 0, experts = 0, capacity = 0;
 };

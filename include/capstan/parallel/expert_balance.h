@@ -33,7 +33,8 @@ struct ExpertLoad {
   [[nodiscard]] double dropped_fraction() const;  // of the choices
 };
 
-// Belongs to one rank.
+// Belongs to one rank. States and sums lie on the device of the run: reports do not wait for it,
+// finish_step() does.
 class ExpertBalance final : public param::StatSink {
  public:
   // layers: those that this rank computes. dtype of the states: fp32, fp64 for fp64 runs.

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "capstan/base/error.h"
+#include "ops/router_internal.h"
 #include "unit/ops/one_param.h"
 
 namespace capstan::ops {
@@ -237,8 +238,23 @@ TEST(Capacity, FirstComeFirstServedByPlaceInTheRow) {
   const Tensor want =
       at::tensor({0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0}, at::kInt).to(at::kBool);
   EXPECT_TRUE(keep.flatten().equal(want));
+  EXPECT_TRUE(
+      keep_by_sort(experts, row, place, {.rows = 2, .row_length = 4, .experts = 3, .capacity = 2})
+          .equal(keep));
   EXPECT_TRUE(count_choices(experts.narrow(0, 0, 8), row.narrow(0, 0, 8), 2, 3)
                   .equal(at::tensor({3, 4, 1, 4, 1, 3}, at::kLong).view({2, 3})));
+}
+
+TEST(Capacity, SortedChoicesKeepWhatTheLoopKeeps) {
+  for (int64_t capacity = 1; capacity < 9; ++capacity) {
+    const CapacitySpec spec{.rows = 3, .row_length = 16, .experts = 5, .capacity = capacity};
+    const Tensor shuffled = normal({48}, static_cast<uint64_t>(capacity)).argsort();
+    const Tensor experts =
+        normal({48, 5}, static_cast<uint64_t>(20 + capacity)).argsort(1, false).narrow(1, 0, 3);
+    const Tensor row = shuffled.floor_divide(16), place = shuffled.remainder(16);
+    EXPECT_TRUE(keep_by_sort(experts, row, place, spec)
+                    .equal(keep_within_capacity(experts, row, place, spec)));
+  }
 }
 
 TEST(Capacity, RowsThatAreNotWholeAreRefused) {
