@@ -29,7 +29,8 @@ DeviceDecision::DeviceDecision(const std::vector<parallel::Shard>& shards, const
             {.max_norm = plan.resolved.optimizer.max_grad_norm.value_or(0),
              .loss_scale = plan.precision.loss_scale}),
       values_(at::zeros({kValues},
-                        at::TensorOptions().device(accelerator.device()).dtype(at::kDouble))) {}
+                        at::TensorOptions().device(accelerator.device()).dtype(at::kDouble))),
+      sums_(values_.narrow(0, 0, DeviceSums::kCount)) {}
 
 DeviceDecision::~DeviceDecision() {
   for (const Pending& step : pending_) accelerator_.destroy(step.done);
@@ -43,15 +44,27 @@ void DeviceDecision::open_step(int64_t target_tokens, double lr) {
 
 void DeviceDecision::decide(const Tensor& loss, bool counts_loss, const comm::Communicator& world) {
   const at::NoGradGuard no_grad;
-  const Tensor sums = values_.narrow(0, 0, DeviceSums::kCount);
-  sums.zero_();
+  const bool has_squares = std::exchange(has_squares_, false);
+  has_squares ? step_.close_updates() : void(sums_.zero_());
   if (loss.defined()) {
-    if (counts_loss) sums[DeviceSums::kLoss].copy_(loss);
-    sums[DeviceSums::kNonFiniteLoss].copy_(loss.isfinite().logical_not());
+    if (counts_loss) sums_[DeviceSums::kLoss].copy_(loss);
+    sums_[DeviceSums::kNonFiniteLoss].copy_(loss.isfinite().logical_not());
   }
-  step_.sum_squares(sums);
-  if (world.size() > 1) world.all_reduce(sums).wait();
-  step_.decide(sums);
+  if (!has_squares) step_.sum_squares(sums_);
+  if (world.size() > 1) world.all_reduce(sums_).wait();
+  step_.decide(sums_);
+}
+
+void DeviceDecision::open_updates() {
+  const at::NoGradGuard no_grad;
+  sums_.zero_();
+  step_.open_updates();
+  has_squares_ = true;
+}
+
+void DeviceDecision::add_squares(size_t shard) {
+  const at::NoGradGuard no_grad;
+  step_.add_squares(shard, sums_);
 }
 
 void DeviceDecision::send_outcome() {

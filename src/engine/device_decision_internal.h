@@ -27,6 +27,10 @@ class DeviceDecision {
 
   // What the host knows of a step before it is run, on its way to the device.
   void open_step(int64_t target_tokens, double lr);
+  // In place of the sums of decide(), where the optimizer runs in the backward: numbers() are ready
+  // for updates from open_updates to decide(), each behind the squares of its shard.
+  void open_updates();
+  void add_squares(size_t shard);
   // Queues sums and decision; the optimizer may read numbers() behind them. loss: this rank's part,
   // fp64, 0-d, on the device; undefined without the last stage. Collective over: world.
   void decide(const Tensor& loss, bool counts_loss, const comm::Communicator& world);
@@ -55,7 +59,9 @@ class DeviceDecision {
 
   device::Accelerator& accelerator_;
   optim::DeviceStep step_;
-  Tensor values_;  // fp64: the sums, then what was decided
+  Tensor values_;             // fp64: the sums, then what was decided
+  Tensor sums_;               // a view
+  bool has_squares_ = false;  // updates came first
   int64_t target_tokens_ = 0;
   std::deque<Pending> pending_;
   std::vector<device::Event> events_;  // at rest

@@ -20,6 +20,7 @@
 #include "capstan/parallel/context_split.h"
 #include "capstan/plan/frozen.h"
 #include "engine/attention_note_internal.h"
+#include "engine/backward_updates_internal.h"
 #include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
 #include "engine/micro_batch_internal.h"
@@ -81,8 +82,20 @@ struct Engine::Impl {
       shard_stores.push_back(i);
     }
     if (!options.trains) return;
-    optimizer = optim::make_optimizer(plan.resolved.optimizer, shards_of_optimizer());
+    make_optimizer();
     if (!device.is_cpu()) choose_who_decides();
+  }
+
+  void make_optimizer() {
+    const recipe::Optimizer& recipe = plan.resolved.optimizer;
+    if (!recipe.in_backward) {
+      optimizer = optim::make_optimizer(recipe, shards_of_optimizer());
+      return;
+    }
+    auto parts = std::make_unique<optim::PerShardOptimizer>(recipe, shards_of_optimizer());
+    in_backward.emplace(model, shards, shard_stores, *parts,
+                        static_cast<uint64_t>(plan.resolved.run.seed));
+    optimizer = std::move(parts);
   }
 
   void choose_who_decides() {
@@ -111,7 +124,7 @@ struct Engine::Impl {
 
   // Loss, gradient squares and flags of all ranks in one small reduction.
   StepSums sum_over_ranks(double local_loss, int64_t target_tokens) {
-    const auto squares = optim::sum_of_squares(shards);
+    const auto squares = in_backward ? in_backward->squares() : optim::sum_of_squares(shards);
     const Tensor sums = at::empty({4}, at::kDouble);
     auto* s = sums.data_ptr<double>();
     // Tensor-parallel ranks compute the same loss; one of them counts it. Ranks without the last
@@ -183,6 +196,9 @@ struct Engine::Impl {
     const trace::Span span("optimizer", "update");
     optimizer->step({update.lr, update.gradient_scale, update.count,
                      static_cast<uint64_t>(plan.resolved.run.seed)});
+    publish();
+  }
+  void publish() {
     for (const size_t s : shard_stores) model.stores[s]->publish();
   }
 
@@ -190,7 +206,7 @@ struct Engine::Impl {
   void close_step(const Tensor& loss, int64_t target_tokens) {
     const double local_loss = loss.defined() ? loss.item<double>() : 0;
     auto verdict = control.close_step(sum_over_ranks(local_loss, target_tokens));
-    if (verdict.update.apply) apply(verdict.update);
+    if (verdict.update.apply && !in_backward) apply(verdict.update);
     if (model.fp8) finish_fp8(verdict.update.apply);
     if (model.balance)
       verdict.report.experts = model.balance->finish_step(world, verdict.update.apply);
@@ -200,6 +216,7 @@ struct Engine::Impl {
   // Nothing is read: a skipped step changes no weight, so publishing it does no harm.
   void step_on_device(const StepWork& work, int64_t target_tokens) {
     on_device->open_step(target_tokens, control.lr(static_cast<int64_t>(on_device->pending())));
+    if (in_backward) in_backward->open_step(*on_device);
     if (graph) {
       step_by_graph(work);
     } else {
@@ -207,7 +224,7 @@ struct Engine::Impl {
       run_passes(work, loss);
       update_on_device(loss);
     }
-    for (const size_t s : shard_stores) model.stores[s]->publish();
+    if (!in_backward) publish();
     on_device->send_outcome();
   }
 
@@ -239,6 +256,7 @@ struct Engine::Impl {
   void update_on_device(const Tensor& loss) {
     const trace::Span span("optimizer", "update");
     on_device->decide(loss, mesh.coord().tp == 0, world);
+    if (in_backward) return;
     optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
   }
 
@@ -277,9 +295,10 @@ struct Engine::Impl {
   std::vector<parallel::Shard> shards;  // trainable ones
   std::vector<size_t> shard_stores;     // their stores
   std::unique_ptr<optim::Optimizer> optimizer;
-  std::optional<DeviceDecision> on_device;  // where the host does not wait for it
-  std::optional<StepGraph> graph;           // run.graphs
-  std::deque<StepReport> reports;           // of finished steps, not handed out yet
+  std::optional<BackwardUpdates> in_backward;  // optimizer.in_backward
+  std::optional<DeviceDecision> on_device;     // where the host does not wait for it
+  std::optional<StepGraph> graph;              // run.graphs
+  std::deque<StepReport> reports;              // of finished steps, not handed out yet
   EvalReport eval;
 };
 
@@ -309,6 +328,7 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
   if (e.optimizer->wants_curvature(e.started_steps())) e.estimate_curvature(work, batches);
   if (e.on_device) return e.step_on_device(work, target_tokens);
+  if (e.in_backward) e.in_backward->open_step(e.control.next_update(target_tokens));
   e.executor.run(work, [&](const Tensor& loss) {
     e.model.buckets->finish_step();
     e.close_step(loss, target_tokens);

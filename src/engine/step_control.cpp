@@ -40,6 +40,10 @@ std::string StepControl::reason_to_skip(const StepSums& sums, double norm) {
   return {};
 }
 
+StepControl::Update StepControl::next_update(int64_t target_tokens) const {
+  return {target_tokens > 0, lr(), 1.0 / scale_.value(), scalars_.optimizer_count + 1};
+}
+
 StepControl::Verdict StepControl::close_step(const StepSums& sums) {
   Verdict verdict;
   const double norm = std::sqrt(sums.squares) / scale_.value();
@@ -88,6 +92,16 @@ StepReport StepControl::confirm_step(const StepSums& sums, const Decided& device
 }
 
 void StepControl::check_divergence(const StepReport& last) const {
+  if (recipe_.in_backward && scalars_.nonfinite_in_row > 0)
+    throw DivergenceError(ErrorText{
+        .module = "engine",
+        .what = fmt::format("training at step {}", last.step),
+        .got = last.skipped,
+        .need = "finite losses and gradients with optimizer.in_backward",
+        .why = "blocks were updated in the backward and the step cannot be undone: the weights in "
+               "memory are of no use, the last checkpoint is good",
+        .fix = "Resume from the last checkpoint with a lower optimizer.lr, or with "
+               "optimizer.in_backward: false, which skips such steps"});
   if (scalars_.nonfinite_in_row < std::max<int64_t>(1, recipe_.nonfinite_limit)) return;
   throw DivergenceError(ErrorText{
       .module = "engine",

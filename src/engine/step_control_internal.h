@@ -33,6 +33,9 @@ class StepControl {
     double lr = 0, gradient_scale = 1;  // clip factor / loss scale
     int64_t count = 1;                  // number of the update
   };
+  // The update of the step at hand, if nothing in it turns out to be non-finite: for optimizers
+  // that run before the step is closed.
+  [[nodiscard]] Update next_update(int64_t target_tokens) const;
   struct Verdict {
     Update update;
     StepReport report;
@@ -48,7 +51,8 @@ class StepControl {
     double gradient_scale = 1;
   };
   [[nodiscard]] StepReport confirm_step(const StepSums& sums, const Decided& device);
-  // Throws DivergenceError when too many steps in a row were skipped as non-finite.
+  // Throws DivergenceError when too many steps in a row were skipped as non-finite; the first one
+  // is too many where the optimizer has run in its backward.
   void check_divergence(const StepReport& last) const;
 
   [[nodiscard]] EngineScalars scalars() const;

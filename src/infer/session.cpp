@@ -45,6 +45,7 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                       "parallel.recompute.mode=none",
                                       "parallel.recompute.parts=[]",
                                       "parallel.offload_activations=false",
+                                      "optimizer.in_backward=false",
                                       "run.device=" + device,
                                       "run.graphs=false",
                                       "run.threads=auto"};

@@ -73,9 +73,9 @@ void DeviceStep::cut_tiles(const std::vector<parallel::Shard>& shards) {
     for (const parallel::ShardRange& range : shard.ranges)
       ranges.push_back({range.begin, range.end, range.counted ? kernels::kCounted : 0});
     const std::vector<kernels::Tile> tiles = ops::device_kernels()->cut_tiles(ranges);
+    tiled_.push_back({shard.gradient, {}, static_cast<int64_t>(tiles.size())});
     if (tiles.empty()) continue;
-    tiled_.push_back({shard.gradient, to_device(tiles.data(), tiles.size() * sizeof(kernels::Tile)),
-                      static_cast<int64_t>(tiles.size())});
+    tiled_.back().tiles = to_device(tiles.data(), tiles.size() * sizeof(kernels::Tile));
     most = std::max(most, tiled_.back().count);
   }
   partial_ = at::empty({most}, non_finite_.options().dtype(at::kDouble));
@@ -121,19 +121,44 @@ void DeviceStep::sum_squares(const Tensor& sums) {
   }
   non_finite_.zero_();
   squares.zero_();
-  for (const Tiled& t : tiled_)
-    ops::device_kernels()->squared_norm(
-        {.dtype = dtype_of(t.gradient),
-         .values = t.gradient.const_data_ptr(),
-         .tiles = static_cast<const kernels::Tile*>(t.tiles.const_data_ptr()),
-         .tile_count = t.count,
-         .partial = partial_.mutable_data_ptr<double>(),
-         .sum = squares.mutable_data_ptr<double>(),
-         .non_finite = non_finite_.mutable_data_ptr<int32_t>(),
-         .add = true},
-        stream_of_now());
+  for (const Tiled& t : tiled_) square(t, squares);
   flag.copy_(non_finite_[0]);
 }
+
+void DeviceStep::square(const Tiled& t, const Tensor& squares) {
+  if (t.count == 0) return;
+  ops::device_kernels()->squared_norm(
+      {.dtype = dtype_of(t.gradient),
+       .values = t.gradient.const_data_ptr(),
+       .tiles = static_cast<const kernels::Tile*>(t.tiles.const_data_ptr()),
+       .tile_count = t.count,
+       .partial = partial_.mutable_data_ptr<double>(),
+       .sum = squares.mutable_data_ptr<double>(),
+       .non_finite = non_finite_.mutable_data_ptr<int32_t>(),
+       .add = true},
+      stream_of_now());
+}
+
+void DeviceStep::open_updates() {
+  numbers_.gradient_scale.fill_(1.0 / options_.loss_scale);
+  numbers_.skip.copy_(void_);
+  numbers_.count.add_(numbers_.skip.eq(0).to(at::kLong));
+  non_finite_.zero_();
+}
+
+void DeviceStep::add_squares(size_t shard, const Tensor& sums) {
+  const Tensor squares = sums[DeviceSums::kSquares], flag = sums[DeviceSums::kNonFiniteGradient];
+  if (ops::device_kernels()) {
+    square(tiled_.at(shard), squares);
+    flag.copy_(non_finite_[0]);
+    return;
+  }
+  const Tensor made = sum_squares_by_aten({&shards_.at(shard), 1}, sums.device());
+  squares.add_(made[0]);
+  flag.add_(made[1]);
+}
+
+void DeviceStep::close_updates() { numbers_.count.sub_(numbers_.skip.eq(0).to(at::kLong)); }
 
 void DeviceStep::decide(const Tensor& sums) {
   using S = DeviceSums;

@@ -69,15 +69,15 @@ FlatStore::FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>
   const bool whole = options_.zero_stage == 0;
   CAPSTAN_CHECK(layout_.shards == options_.shard.size(), "block {}: {} shards over {} ranks",
                 layout_.block, layout_.shards, options_.shard.size());
-  CAPSTAN_CHECK(gradient_.defined() == (layout_.trainable && whole),
+  CAPSTAN_CHECK(gradient_.defined() ? layout_.trainable : !(layout_.trainable && whole),
                 "block {}: bucket memory {}, trainable {}, ZeRO stage {}", layout_.block,
                 gradient_.defined(), layout_.trainable, options_.zero_stage);
-  CAPSTAN_CHECK(!gradient_.defined() || (gradient_.numel() == layout_.numel &&
-                                         gradient_.scalar_type() == options_.types.gradients),
-                "block {}: {} gradient elements for {}", layout_.block, gradient_.numel(),
-                layout_.numel);
   shard_numel_ = layout_.shard_numel();
   shard_begin_ = shard_numel_ * options_.shard.rank();
+  const int64_t wanted = options_.zero_stage >= 2 ? shard_numel_ : layout_.numel;
+  CAPSTAN_CHECK(!gradient_.defined() || (gradient_.numel() == wanted &&
+                                         gradient_.scalar_type() == options_.types.gradients),
+                "block {}: {} gradient elements for {}", layout_.block, gradient_.numel(), wanted);
   anchor_ = at::empty({0}, at::kFloat).requires_grad_(layout_.trainable);
   allocate();
 }
@@ -102,9 +102,9 @@ void FlatStore::allocate() {
   }
   master_ = shares ? copy_ : at::zeros({shard_numel_}, on(optimizer_device, types.master));
   if (!layout_.trainable) return;
-  if (options_.zero_stage == 1) gradient_ = at::zeros({layout_.numel}, on(device, types.gradients));
-  if (options_.zero_stage >= 2)
-    gradient_shard_ = at::zeros({shard_numel_}, on(device, types.gradients));
+  const int64_t kept = options_.zero_stage >= 2 ? shard_numel_ : layout_.numel;
+  if (!gradient_.defined()) gradient_ = at::zeros({kept}, on(device, types.gradients));
+  if (options_.zero_stage >= 2) gradient_shard_ = std::exchange(gradient_, Tensor());
   if (options_.offload_optimizer)
     host_gradient_ = at::zeros({shard_numel_}, on(at::kCPU, types.gradients));
 }

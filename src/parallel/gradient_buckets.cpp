@@ -99,6 +99,17 @@ void GradientBuckets::issue_bucket(int index) {
   pending_.push_back(std::move(pending));
   while (has_memory && pending_.size() > kMostPending) retire();
   ++finished_;
+  if (update_) update_bucket(index);
+}
+
+// The next block writes to the same memory, so nothing stays on its way.
+void GradientBuckets::update_bucket(int index) {
+  const Bucket& bucket = buckets_[static_cast<size_t>(index)];
+  while (!pending_.empty()) retire();
+  sum_shards(bucket.replicas, bucket.stores);
+  retire_sums(0);
+  if (hooks_.after_reduce) hooks_.after_reduce(index, summed(bucket));
+  for (const int s : bucket.stores) update_(s);
 }
 
 void GradientBuckets::issue_shard(int index, bool is_last) {
@@ -115,7 +126,9 @@ void GradientBuckets::issue_shard(int index, bool is_last) {
   pending.work = bucket.sum.reduce_scatter(pending.target, pending.taken);
   pending_.push_back(std::move(pending));
   while (pending_.size() > kMostPending) retire();
-  if (is_last) ++finished_;
+  if (!is_last) return;
+  ++finished_;
+  if (update_) update_bucket(index);
 }
 
 void GradientBuckets::retire() {
@@ -154,17 +167,18 @@ void GradientBuckets::sum_replicas() {
   retire_sums(0);
 }
 
+Tensor GradientBuckets::summed(const Bucket& bucket) const {
+  if (bucket.gradients.defined()) return bucket.gradients;
+  return stores_[static_cast<size_t>(bucket.stores.front())]->gradient_shard();
+}
+
 void GradientBuckets::finish_step() {
   CAPSTAN_CHECK(finished_ == static_cast<int>(buckets_.size()), "{} of {} buckets were summed",
                 finished_, buckets_.size());
   while (!pending_.empty()) retire();
-  sum_replicas();
-  for (size_t b = 0; b < buckets_.size() && hooks_.after_reduce; ++b) {
-    const Bucket& bucket = buckets_[b];
-    const FlatStore& store = *stores_[static_cast<size_t>(bucket.stores.front())];
-    hooks_.after_reduce(static_cast<int>(b),
-                        bucket.gradients.defined() ? bucket.gradients : store.gradient_shard());
-  }
+  if (!update_) sum_replicas();
+  for (size_t b = 0; b < buckets_.size() && hooks_.after_reduce && !update_; ++b)
+    hooks_.after_reduce(static_cast<int>(b), summed(buckets_[b]));
   for (FlatStore* store : stores_) store->end_step();
 }
 

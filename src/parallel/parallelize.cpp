@@ -148,13 +148,36 @@ void add_partial_sums(GradientBuckets::Bucket& bucket, int store, const plan::Fl
   }
 }
 
+// What stores write gradients to in turn, where the optimizer runs in the backward.
+class SharedMemory {
+ public:
+  SharedMemory(const plan::RankLayout& layout, const Request& r, at::TensorOptions options) {
+    if (!r.plan.resolved.optimizer.in_backward) return;
+    places_ = plan::share_gradients(layout, r.model.shape.tie_word_embeddings,
+                                    r.model.layout.options().zero_stage);
+    memory_ = at::zeros({places_.numel}, options);
+  }
+  [[nodiscard]] bool is_used() const { return memory_.defined(); }
+  [[nodiscard]] Tensor of_store(int store, int64_t numel) const {
+    return memory_.narrow(0, places_.begin[static_cast<size_t>(store)], numel);
+  }
+
+ private:
+  plan::SharedGradients places_;
+  Tensor memory_;
+};
+
 // The gradient memory of a bucket is one tensor, cut into the slices of its stores; with ZeRO a
 // store has its own.
 std::vector<GradientBuckets::Bucket> make_sum_buckets(const plan::RankLayout& layout,
                                                       const Request& r, const SumGroups& groups,
                                                       std::vector<Tensor>& gradients) {
-  const auto type = scalar_type_of(r.plan.precision.gradients);
-  const bool shards = r.model.layout.options().zero_stage > 0;
+  const auto options = at::TensorOptions()
+                           .device(device::run_device())
+                           .dtype(scalar_type_of(r.plan.precision.gradients));
+  const SharedMemory shared(layout, r, options);
+  const int stage = r.model.layout.options().zero_stage;
+  const bool shards = stage > 0;
   std::vector<GradientBuckets::Bucket> buckets;
   for (const auto& members :
        plan::make_buckets(layout, r.plan.precision.gradients, r.plan.bucket_bytes)) {
@@ -171,9 +194,14 @@ std::vector<GradientBuckets::Bucket> make_sum_buckets(const plan::RankLayout& la
       numel += buffer.numel;
     }
     for (auto& [holders, sum] : by_holders) bucket.partial.push_back(std::move(sum));
-    if (!shards) {
-      bucket.gradients =
-          at::zeros({numel}, at::TensorOptions().device(device::run_device()).dtype(type));
+    if (shared.is_used()) {
+      CAPSTAN_CHECK(members.size() == 1, "{} stores of a bucket share memory", members.size());
+      const int64_t kept = stage >= 2 ? first.shard_numel() : numel;
+      Tensor& memory = gradients[static_cast<size_t>(members.front())];
+      memory = shared.of_store(members.front(), kept);
+      if (!shards) bucket.gradients = memory;
+    } else if (!shards) {
+      bucket.gradients = at::zeros({numel}, options);
       int64_t begin = 0;
       for (const int i : members) {
         const int64_t size = layout.buffers[static_cast<size_t>(i)].numel;

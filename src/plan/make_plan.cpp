@@ -169,6 +169,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   if (batch) resolve_lr_schedule(draft, *batch);
   if (batch && draft.problems.empty()) check_schedule_fits(draft, *batch);
   check_graphs(draft);
+  check_in_backward(draft, batch);
   throw_if_refused(draft);
 
   plan.grid = *grid;
@@ -181,7 +182,9 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
       static_cast<int>(plan.batch.micro_batches), static_cast<int>(pipeline.chunks));
   plan.models.emplace("policy", make_model_plan(shape, plan));
   plan.threads_per_rank = static_cast<int>(*draft.recipe.run.threads);
-  plan.bucket_bytes = draft.recipe.parallel.bucket_mib * kMiB;
+  // Buffers that are updated one by one are summed one by one.
+  plan.bucket_bytes =
+      draft.recipe.optimizer.in_backward ? 1 : draft.recipe.parallel.bucket_mib * kMiB;
   plan.memory = report_memory(plan, 0);
   plan.traffic = predict_traffic(plan, 0);
   plan.checkpoint_bytes = predict_checkpoint_bytes(plan);

@@ -166,4 +166,21 @@ std::vector<std::vector<int>> make_buckets(const RankLayout& layout, DType gradi
   return buckets;
 }
 
+SharedGradients share_gradients(const RankLayout& layout, bool tied, int zero_stage) {
+  SharedGradients out{.begin = std::vector<int64_t>(layout.buffers.size(), 0), .numel = 0};
+  const auto place = [&](int block, int64_t begin) {
+    for (size_t i = 0; i < layout.buffers.size(); ++i) {
+      const FlatBuffer& buffer = layout.buffers[i];
+      if (buffer.block != block || !buffer.trainable) continue;
+      out.begin[i] = begin;
+      begin += zero_stage >= 2 ? buffer.shard_numel() : buffer.numel;
+    }
+    out.numel = std::max(out.numel, begin);
+  };
+  for (const int block : layout.blocks)
+    if (!tied || block > 0) place(block, 0);
+  if (tied) place(0, out.numel);
+  return out;
+}
+
 }  // namespace capstan::plan

@@ -293,14 +293,19 @@ class StepWalk {
     gradients_ += target;
     visit(0);
     buffer.collects = false;
-    gradients_ -= std::exchange(pending_, buffer.gradients + target);
+    let_go(buffer.gradients + target);
   }
   // What is rounded travels on its own: the gradient behind it is free at once.
   void sum_rounded(Buffer& buffer) {
     gradients_ += buffer.rounded;
     visit(0);
     if (std::exchange(buffer.collects, false)) gradients_ -= buffer.gradients;
-    gradients_ -= std::exchange(pending_, buffer.rounded);
+    let_go(buffer.rounded);
+  }
+  // Behind the sum of the next one, or at once where the optimizer has read it.
+  void let_go(int64_t bytes) {
+    const bool at_once = plan_.resolved.optimizer.in_backward;
+    gradients_ -= at_once ? bytes : std::exchange(pending_, bytes);
   }
 
   void visit(int64_t workspace) {

@@ -16,13 +16,23 @@ int64_t bucket_bytes_of(const Plan& plan, const RankLayout& layout) {
   return bytes;
 }
 
+int64_t shared_bytes_of(const Plan& plan, const RankLayout& layout) {
+  const SharedGradients shared = share_gradients(layout, plan.model().shape.tie_word_embeddings,
+                                                 plan.model().layout.options().zero_stage);
+  return stored_bytes(shared.numel, plan.precision.gradients);
+}
+
 }  // namespace
 
 void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layout) {
   const int stage = plan.model().layout.options().zero_stage;
   const PrecisionPlan& precision = plan.precision;
   const bool offloads = plan.resolved.parallel.zero.offload != "none";
-  if (stage == 0) memory.gradients += bucket_bytes_of(plan, layout);
+  const bool shares = plan.resolved.optimizer.in_backward;
+  if (shares)
+    memory.gradients += shared_bytes_of(plan, layout);
+  else if (stage == 0)
+    memory.gradients += bucket_bytes_of(plan, layout);
   for (const FlatBuffer& buffer : layout.buffers) {
     const int64_t shard = buffer.shard_numel();
     const DType values = value_dtype(precision, buffer);
@@ -31,7 +41,7 @@ void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layou
     if (values != precision.master || offloads)
       memory.master += stored_bytes(shard, precision.master);
     if (!buffer.trainable) continue;
-    if (stage > 0)
+    if (stage > 0 && !shares)
       memory.gradients += stored_bytes(stage == 1 ? buffer.numel : shard, precision.gradients);
     if (offloads)
       memory.gradients += stored_bytes(shard, precision.gradients);  // for the optimizer

@@ -134,6 +134,12 @@ void check_switches(RuleContext& c) {
     for (const char* key : {"optimizer.sophia.rho", "optimizer.sophia.interval"})
       check_unused(c, key, name == "sophia", "optimizer.name is " + name);
   }
+  if (c.has({"optimizer.in_backward"})) {
+    check_unused(c, "optimizer.nonfinite_limit", !r.optimizer.in_backward,
+                 "with optimizer.in_backward the first non-finite step ends the run");
+    check_unused(c, "parallel.bucket_mib", !r.optimizer.in_backward,
+                 "with optimizer.in_backward every buffer is summed by itself");
+  }
   if (c.has({"metrics.trace.first_step"})) {
     check_unused(c, "metrics.trace.steps", r.metrics.trace.first_step.has_value(),
                  "metrics.trace.first_step is none, so nothing is traced");
@@ -212,7 +218,8 @@ std::vector<Rule> run_rules() {
        check_recompute},
       {"Keys that do nothing keep their default: `optimizer.spike_skip.window` without sigma, "
        "`optimizer.eps` with lion and sophia, `optimizer.sophia` with others, "
-       "`metrics.trace.steps` without first_step, "
+       "`optimizer.nonfinite_limit` and `parallel.bucket_mib` with "
+       "optimizer.in_backward, `metrics.trace.steps` without first_step, "
        "`lr_schedule.min_ratio` with constant, `eval.*` "
        "without "
        "`data.validation`, `precision.fp8.gradients` without fp8, `precision.fp8.history` without "

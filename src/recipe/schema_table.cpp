@@ -227,6 +227,11 @@ void add_optimizer_keys(std::vector<Key>& t) {
                   "labels drawn from the model's own predictions.")
                   .range(1, kManySteps)
                   .unit("steps"));
+  t.push_back(KEY(optimizer.in_backward,
+                  "Update each block as soon as its gradient is complete and reuse the gradient's "
+                  "memory: never a whole gradient. One micro-batch a step, max_grad_norm none; a "
+                  "non-finite gradient ends the run.")
+                  .free());
   t.push_back(KEY(lr_schedule.kind, "Shape of the learning rate over the run.").choice());
   t.push_back(
       KEY(lr_schedule.warmup, "Length of the linear rise at the start, in lr_schedule.unit.")

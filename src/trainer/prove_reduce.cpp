@@ -369,6 +369,7 @@ recipe::Recipe on_one_rank(const recipe::Recipe& recipe) {
   one.parallel = {};
   one.parallel.data = 1;
   one.batch.micro_samples = one.batch.global_samples;
+  one.optimizer.in_backward = false;
   return one;
 }
 

@@ -48,6 +48,12 @@ class DeviceStep {
   void set_count(int64_t count);
   // Writes kSquares and kNonFiniteGradient of this rank into sums [4].
   void sum_squares(const Tensor& sums);
+  // For updates in the backward, before the step is decided: from open_updates to close_updates
+  // the numbers are those of a step that counts unless it is void; add_squares is sum_squares of
+  // one shard, on top of sums that begin as zeros. close_updates takes the count back for decide.
+  void open_updates();
+  void add_squares(size_t shard, const Tensor& sums);
+  void close_updates();
   // From sums over all ranks: norm, scale and skip; counts the step if it is not skipped. A step is
   // skipped if anything in it is not finite, or if it is void.
   void decide(const Tensor& sums);
@@ -59,11 +65,12 @@ class DeviceStep {
     int64_t count = 0;
   };
   void cut_tiles(const std::vector<parallel::Shard>& shards);
+  void square(const Tiled& tiled, const Tensor& squares);
 
   const std::vector<parallel::Shard>& shards_;
   DeviceStepOptions options_;
   StepNumbers numbers_;
-  std::vector<Tiled> tiled_;     // with our kernels
+  std::vector<Tiled> tiled_;     // by shard, with our kernels
   Tensor partial_, non_finite_;  // work space of squared_norm; flag, int32 [1]
   Tensor void_;                  // fp64 without dims, 0 or 1
 };

@@ -56,8 +56,9 @@ struct StoreOptions {
 // Not thread-safe: belongs to one rank.
 class FlatStore final : public param::ParamStore {
  public:
-  // gradient: at stage 0 its slice of the bucket: 1-d, zero, layout.numel elements of
-  // types.gradients; undefined when frozen and at the other stages. `table` must outlive the store.
+  // gradient: memory of types.gradients, 1-d and zero; undefined when frozen. At stage 0 its slice
+  // of the bucket, layout.numel elements. At stage 1 as many, at stages 2 and 3 those of the shard,
+  // where stores share it in turn; undefined where they do not. `table` must outlive the store.
   FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>& table,
             StoreOptions options, Tensor gradient);
 

@@ -7,7 +7,8 @@
 //   2. the data axes: all-reduce of the bucket, or with ZeRO reduce-scatter of a buffer to its
 //      shards (a bucket is then one buffer);
 //   3. at the end of the step: all-reduce of shards over the replicas that are left, and the sum
-//      over the two stages that hold a tied embedding.
+//      over the two stages that hold a tied embedding. Where the optimizer runs in the backward
+//      (update_when_summed) they follow 2 at once, before the next bucket is issued.
 // Sums 2 and 3 travel in the reduction's dtype and are kept in the gradients'; sums 1, which are
 // few, travel as they are. What has no other rank to go to is not rounded.
 // Sums are issued in the plan's order (plan::list_passes), the same on every rank.
@@ -17,6 +18,7 @@
 #include <deque>
 #include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "capstan/comm/communicator.h"
@@ -58,6 +60,10 @@ class GradientBuckets {
   GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores, BucketHooks hooks,
                   std::optional<at::ScalarType> reduction = std::nullopt);
 
+  // `update` is called for each store as soon as its gradient of the step is summed, within
+  // complete(); then its memory may be written to again. Without tied stages.
+  void update_when_summed(std::function<void(int store)> update) { update_ = std::move(update); }
+
   void begin_step();
   // What the passes have added to the store's gradient is to be summed. Issues what is now
   // complete. is_last: nothing more comes in this step.
@@ -78,6 +84,8 @@ class GradientBuckets {
   [[nodiscard]] Tensor on_its_way(const Tensor& gradients, const comm::Communicator& group) const;
   void sum_partial(const Bucket& bucket, const std::vector<Tensor>& gradients);
   void issue_bucket(int index);
+  void update_bucket(int index);
+  [[nodiscard]] Tensor summed(const Bucket& bucket) const;  // the shard with ZeRO
   void issue_shard(int index, bool is_last);
   void retire();
   void sum_replicas();
@@ -88,10 +96,11 @@ class GradientBuckets {
   std::vector<FlatStore*> stores_;
   std::vector<int> bucket_of_;  // by store; -1: frozen
   BucketHooks hooks_;
-  std::vector<bool> is_complete_;  // by store, stage 0
-  size_t next_ = 0;                // stage 0: first bucket not issued yet
-  int finished_ = 0;               // buckets whose last sum has been issued
-  std::deque<Pending> pending_;    // in order of issue
+  std::function<void(int store)> update_;  // empty: optimizers run behind the backward
+  std::vector<bool> is_complete_;          // by store, stage 0
+  size_t next_ = 0;                        // stage 0: first bucket not issued yet
+  int finished_ = 0;                       // buckets whose last sum has been issued
+  std::deque<Pending> pending_;            // in order of issue
   std::optional<at::ScalarType> reduction_;
   struct ShardSum {
     comm::Work work;

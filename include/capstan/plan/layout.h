@@ -78,6 +78,15 @@ struct RankLayout {
 [[nodiscard]] std::vector<std::vector<int>> make_buckets(const RankLayout& layout, DType gradients,
                                                          int64_t bucket_bytes);
 
+// Gradient memory where the optimizer runs in the backward: all blocks use the same elements in
+// turn. A tied table, which the head writes to first and the embedding last, has its own. ZeRO
+// stages 2 and 3 keep shards.
+struct SharedGradients {
+  std::vector<int64_t> begin;  // first element of each buffer; frozen ones have none
+  int64_t numel = 0;
+};
+[[nodiscard]] SharedGradients share_gradients(const RankLayout& layout, bool tied, int zero_stage);
+
 // Calls visit(global index, local index in the parameter, count) for each contiguous run of real
 // elements in the local range [begin, end) of a parameter with global shape `global`.
 void for_each_run(const LocalParam& param, const Shape& global, int64_t begin, int64_t end,

@@ -28,6 +28,7 @@ struct Optimizer {
   int64_t nonfinite_limit = 10;
   SpikeSkip spike_skip;
   Sophia sophia;
+  bool in_backward = false;  // each block is updated in the backward, its gradient memory reused
 };
 
 struct Fp8 {
