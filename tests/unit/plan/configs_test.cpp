@@ -42,6 +42,7 @@ TEST(Configs, All_PlanForTheRanksOfTheirComment) {
     topology.memory_bytes = kDeviceBytes * topology.local_size;  // no rank has more than 80 GiB
     topology.fast_bf16 = true;
     const auto recipe = recipe::load_recipe(file);
+    if (recipe.recipe.run.device == "cuda") topology.device = "cuda";
     PlanInputs inputs;
     if (!recipe.recipe.model.vocab_size) inputs.tokenizer_vocab_size = 8192;
     const Plan plan = make_plan(recipe, topology, inputs);
