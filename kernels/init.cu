@@ -12,7 +12,7 @@
 namespace capstan::kernels {
 namespace {
 
-// The coefficients of src/base/philox.cpp.
+// The coefficients of base/normal_quantile.h, which device code cannot read.
 __device__ constexpr double kCentreP[8] = {
     3.3871328727963461, 128.73512822626552, 1830.557477937655,  12139.224890161133,
     38265.211315474036, 52232.98928941886,  23904.103116721089, 1633.0122843613899};

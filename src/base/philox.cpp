@@ -15,6 +15,12 @@ namespace {
 
 using namespace normal_quantile;
 
+double polynomial(const Coefficients& coefficients, double x) {
+  double value = coefficients[7];
+  for (int i = 6; i >= 0; --i) value = value * x + coefficients[i];
+  return value;
+}
+
 // log(x) for x > 0 out of additions, multiplications and one division: x = m 2^e with m in
 // [sqrt(1/2), sqrt(2)), log m = 2 atanh(f), f = (m-1)/(m+1), |f| < 0.1716, so the series is exact
 // to a double after f^21.

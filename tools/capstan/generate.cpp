@@ -62,6 +62,7 @@ void generate(GenerateArguments& arguments, bool has_prompt) {
   arguments.generate.stop_at_end = !arguments.ignore_end;
   start_device(arguments.device);
   infer::Session session(arguments.session);
+  (void)session.tokenizer();  // throws where there is none, before anything is printed
   for (size_t i = 0; i < prompts.size(); ++i) {
     arguments.generate.sequence = i;
     if (arguments.json) {

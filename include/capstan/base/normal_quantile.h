@@ -7,12 +7,6 @@ namespace capstan::normal_quantile {
 
 using Coefficients = double[8];
 
-inline double polynomial(const Coefficients& coefficients, double x) {
-  double value = coefficients[7];
-  for (int i = 6; i >= 0; --i) value = value * x + coefficients[i];
-  return value;
-}
-
 // Rational interpolation of the quantile at Chebyshev nodes (degree 7 over 7, computed with 50
 // digits). Centre: x / q as a function of 0.425^2 - q^2 with q = p - 1/2, relative error 6e-15.
 inline constexpr Coefficients kCentreP = {3.3871328727963461, 128.73512822626552, 1830.557477937655,

@@ -2,20 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Against numbers recorded from Hugging Face (tests/fixtures/nn/make_llama_fixture.py).
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
 
 #include "capstan/ops/path.h"
-#include "support/gradient_check.h"
-#include "unit/nn/plain_llama.h"
-#include "unit/nn/tiny_safetensors.h"
+#include "unit/nn/hugging_face.h"
 
 namespace capstan::nn {
 namespace {
-
-using at::Tensor;
 
 plan::ModelShape shape_of(const std::string& text) {
   const auto j = nlohmann::json::parse(text);
@@ -45,31 +40,10 @@ TEST_P(HuggingFaceLlama, LogitsLossAndEveryGradient) {
   const auto fixture =
       read_tiny_safetensors(CAPSTAN_SOURCE_DIR "/tests/fixtures/nn/llama_tiny.safetensors");
   const plan::ModelShape s = shape_of(fixture.metadata.at("shape"));
-  testing::PlainStore store(plan::find_family("llama").param_table(s),
-                            {.values = dtype, .gradients = dtype});
-  for (const auto& spec : store.table())
-    store.value_of(spec.name).copy_(fixture.tensors.at("weight." + spec.name));
-  const Model model =
-      build_model(s, {dtype, dtype}, [&](const std::string& n) { return store.find(n); });
-  const Tensor &ids = fixture.tensors.at("ids"), &targets = fixture.tensors.at("targets");
-  const double count = static_cast<double>(targets.ne(-100).sum().item<int64_t>());
-  const BlockwiseRun run =
-      run_blockwise(model, {}, ids, targets, at::full(targets.sizes(), 1 / count, at::kDouble));
-  const auto tolerance = dtype == at::kDouble ? kFp64 : kFp32;
-  EXPECT_TRUE(testing::near(run.loss.view({1}), fixture.tensors.at("loss"), tolerance));
-  for (const auto& spec : store.table())
-    EXPECT_TRUE(testing::near(store.gradient_of(spec.name),
-                              fixture.tensors.at("gradient." + spec.name), tolerance))
-        << spec.name;
-
-  at::NoGradGuard no_grad;
-  Seams seams;
-  const param::RowMap rows;
-  const Context context{.mode = param::Mode::kEval, .rows = &rows};
-  BlockIO io = model.embedding->forward(context, seams, ids);
-  for (const auto& layer : model.layers) io = layer->forward(context, seams, io);
-  EXPECT_TRUE(testing::near(model.head->logits(context, seams, io, ids.size(1)),
-                            fixture.tensors.at("logits"), tolerance));
+  expect_recorded(fixture, s, dtype, dtype == at::kDouble ? kFp64 : kFp32,
+                  [&](const std::string& what, const std::string& name) {
+                    return fixture.tensors.at(what + name);
+                  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Precisions, HuggingFaceLlama,
