@@ -2,10 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Our side of cpu_step.sh: optimizer steps of a Llama on random tokens, one rank.
 // usage: cpu_step DTYPE THREADS STEPS [hidden ffn layers heads kv_heads vocab sequence batch]
-// Prints one JSON object: milliseconds of every step but the first two, time to the first finished
-// step, peak memory.
+// Prints one JSON object: milliseconds of every step but the first two, the rate of matrix products
+// measured after each of them, time to the first finished step, peak memory before any product was
+// measured.
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <sys/resource.h>
 
 #include <cstdio>
@@ -15,6 +17,7 @@
 #include "capstan/device/allocator.h"
 #include "capstan/device/threads.h"
 #include "capstan/engine/engine.h"
+#include "gemm_ceiling.h"
 
 namespace {
 
@@ -69,6 +72,17 @@ engine::MicroBatch random_batch(const plan::BatchPlan& b, int64_t vocab, int64_t
   return batch;
 }
 
+struct Peaks {
+  double rss_mb = 0, counted_mb = 0;
+};
+
+Peaks peaks_until_now() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return {static_cast<double>(usage.ru_maxrss) / 1024,
+          static_cast<double>(device::stats(0).peak_bytes) / 1048576};
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -85,24 +99,32 @@ int main(int argc, char** argv) {
   mesh::Mesh mesh;
   engine::Engine engine(plan, mesh);
   const auto objective = engine::make_next_token_objective();
-  std::string times;
+  bench::GemmCeiling ceiling(plan.model().shape,
+                             plan.batch.micro_samples * plan.batch.sequence_length,
+                             std::string(argv[1]) == "bf16" ? at::kBFloat16 : at::kFloat);
+  std::vector<double> times;
   double first_s = 0, loss = 0;
+  Peaks peaks;
   for (int64_t step = 0; step < std::atoll(argv[3]) + 2; ++step) {
     const int64_t begin = monotonic_ns();
     loss = engine.step({random_batch(plan.batch, plan.model().shape.vocab_size, step)}, *objective)
                .loss;
     if (step == 0) first_s = seconds_since_process_start();
-    if (step >= 2)
-      times += fmt::format("{}{:.2f}", times.empty() ? "" : ", ",
-                           static_cast<double>(monotonic_ns() - begin) * 1e-6);
+    if (step == 1) peaks = peaks_until_now();
+    if (step < 2) continue;
+    times.push_back(static_cast<double>(monotonic_ns() - begin) * 1e-6);
+    ceiling.sample();
   }
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  std::printf(
-      "{\"step_ms\": [%s], \"tokens_per_step\": %lld, \"first_step_s\": %.2f, \"peak_rss_mb\": "
-      "%.0f, \"counted_peak_mb\": %.0f, \"loss\": %.4f}\n",
-      times.c_str(), static_cast<long long>(plan.batch.tokens_per_step), first_s,
-      static_cast<double>(usage.ru_maxrss) / 1024,
-      static_cast<double>(device::stats(0).peak_bytes) / 1048576, loss);
+  const auto tokens = static_cast<double>(plan.batch.tokens_per_step);
+  std::printf("%s\n", fmt::format("{{\"step_ms\": [{:.2f}], \"tokens_per_step\": {:.0f}, "
+                                  "\"first_step_s\": {:.2f}, \"peak_rss_mb\": {:.0f}, "
+                                  "\"counted_peak_mb\": {:.0f}, \"loss\": {:.4f}, "
+                                  "\"gflop_per_step\": {:.1f}, \"square_gflops\": [{:.1f}], "
+                                  "\"own_gflops\": [{:.1f}]}}",
+                                  fmt::join(times, ", "), tokens, first_s, peaks.rss_mb,
+                                  peaks.counted_mb, loss, plan.flops.per_token * tokens * 1e-9,
+                                  fmt::join(ceiling.rates().square, ", "),
+                                  fmt::join(ceiling.rates().own, ", "))
+                          .c_str());
   return 0;
 }

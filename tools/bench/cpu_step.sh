@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Capstan contributors
 # SPDX-License-Identifier: Apache-2.0
 #
-# One optimizer step of the same Llama in Capstan and in PyTorch eager, in turn on the same threads; prints tokens/s and the
-# ratio of medians.
+# One optimizer step of the same Llama in Capstan and in PyTorch eager, in turn on the same threads; prints tokens/s, the
+# ratio of medians, the median of the ratios of the rounds, and what share of the rate of matrix products, measured between our
+# steps, a step reaches (its FLOPs by the causal count).
 #
 #   tools/bench/cpu_step.sh [--dtype fp32|bf16] [--model 32m|124m] [--threads N] [--rounds N] [--steps N]
 #
@@ -15,7 +16,7 @@ dtype=fp32 model=32m threads=$(nproc) rounds=3 steps=4
 while [ $# -gt 0 ]; do
   case "$1" in
     --dtype | --model | --threads | --rounds | --steps) declare "${1#--}=$2"; shift 2 ;;
-    *) sed -n '5,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '5,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
 done
 case "$model" in # hidden ffn layers heads kv_heads vocabulary sequence batch
@@ -65,4 +66,10 @@ for who, runs in rows.items():
     print(f"{'capstan' if who == 'ours' else 'pytorch eager':14}{figures[who][0]:10.0f}{best:9.0f}{figures[who][1]:14.2f}{figures[who][2]:13.0f}")
 a, b = figures["ours"], figures["peer"]
 print(f"{'ratio':14}{a[0] / b[0]:10.2f}{'':9}{a[1] / b[1]:14.2f}{a[2] / b[2]:13.2f}")
+paired = [statistics.median(q["step_ms"]) / statistics.median(p["step_ms"]) for p, q in zip(rows["ours"], rows["peer"])]
+print(f"{'by rounds':14}{statistics.median(paired):10.2f}   ({', '.join(f'{r:.2f}' for r in paired)})")
+for name, text in (("own_gflops", "products of this model's shapes"), ("square_gflops", "products of 2048 x 2048 matrices")):
+    share = [r["gflop_per_step"] / statistics.median(r["step_ms"]) * 1e3 / statistics.median(r[name]) for r in rows["ours"]]
+    rate = statistics.median(x for r in rows["ours"] for x in r[name])
+    print(f"capstan reaches {100 * statistics.median(share):.0f} % of {text} ({rate:.0f} GFLOP/s)")
 PY
