@@ -212,9 +212,12 @@ build_tree() {
   local wanted="$preset ${options[*]}"
   if [ ! -f "$build_dir/build.ninja" ] || [ "$(cat "$build_dir/configured-for" 2>/dev/null)" != "$wanted" ]; then
     say "configuring $build_dir"
-    local tests=()
-    case " $groups " in *" test "*) ;; *) [ -f "$build_dir/build.ninja" ] || tests=(-DCAPSTAN_BUILD_TESTS=OFF) ;; esac
-    (cd "$root" && cmake --preset "$preset" -B "$build_dir" "${options[@]}" "${tests[@]}") > "$log" 2>&1 ||
+    local fresh=()
+    if [ ! -f "$build_dir/build.ninja" ]; then
+      fresh=(-DCAPSTAN_UNITY=ON)
+      case " $groups " in *" test "*) ;; *) fresh+=(-DCAPSTAN_BUILD_TESTS=OFF) ;; esac
+    fi
+    (cd "$root" && cmake --preset "$preset" -B "$build_dir" "${options[@]}" "${fresh[@]}") > "$log" 2>&1 ||
       { grep -A 8 'CMake Error' "$log" >&2 || tail -n 15 "$log" >&2; fail 1 "configuring failed (log: $log)"; }
     echo "$wanted" > "$build_dir/configured-for"
   fi

@@ -20,7 +20,7 @@
 namespace capstan::cli {
 namespace {
 
-struct Options {
+struct InspectOptions {
   std::string prefix, tokenizer;
   int64_t documents = 3, tokens = 64;
   bool json = false;
@@ -32,7 +32,7 @@ struct Sample {
   std::optional<std::string> text;
 };
 
-std::vector<Sample> read_samples(const data::TokenFile& file, const Options& options,
+std::vector<Sample> read_samples(const data::TokenFile& file, const InspectOptions& options,
                                  const std::optional<text::Tokenizer>& tokenizer) {
   std::vector<Sample> samples;
   for (int64_t i = 0; i < std::min(options.documents, file.documents()); ++i) {
@@ -117,7 +117,7 @@ void print_report(const data::TokenFile& file, const data::InspectReport& report
 }
 
 void check_tokenizer(const std::optional<data::Provenance>& provenance,
-                     const text::Tokenizer& tokenizer, const Options& options) {
+                     const text::Tokenizer& tokenizer, const InspectOptions& options) {
   if (!provenance || provenance->tokenizer_fingerprint == tokenizer.fingerprint()) return;
   throw ConfigError(ErrorText{.module = "data",
                               .what = fmt::format("decoding {}", options.prefix),
@@ -127,7 +127,7 @@ void check_tokenizer(const std::optional<data::Provenance>& provenance,
                               .why = "another tokenizer made the file"});
 }
 
-void run(const Options& options) {
+void run(const InspectOptions& options) {
   const data::TokenFile file(options.prefix);
   std::optional<text::Tokenizer> tokenizer;
   if (!options.tokenizer.empty()) {
@@ -150,7 +150,7 @@ void run(const Options& options) {
 void add_data_inspect(CLI::App& app) {
   CLI::App* verb =
       app.add_subcommand("inspect", "Check token files in full and show what they hold");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InspectOptions>();
   verb->add_option("prefix", options->prefix, "Prefix of a .bin/.idx pair")
       ->required()
       ->type_name("PREFIX");

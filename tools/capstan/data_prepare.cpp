@@ -15,7 +15,7 @@
 namespace capstan::cli {
 namespace {
 
-struct Options {
+struct PrepareOptions {
   data::PrepareOptions prepare;
   std::string validation_output, max_file_size;
 };
@@ -45,7 +45,7 @@ void print_report(const data::PrepareOptions& options, const data::PrepareReport
   }
 }
 
-void run(Options& options) {
+void run(PrepareOptions& options) {
   if (!options.validation_output.empty())
     options.prepare.validation_output = options.validation_output;
   if (!options.max_file_size.empty()) {
@@ -60,7 +60,7 @@ void run(Options& options) {
 void add_data_prepare(CLI::App& app) {
   CLI::App* verb =
       app.add_subcommand("prepare", "Turn text files, folders and JSONL into token files");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<PrepareOptions>();
   data::PrepareOptions& prepare = options->prepare;
   verb->add_option("--input", prepare.inputs,
                    "Files and folders; .jsonl, .gz and .zst are understood")
