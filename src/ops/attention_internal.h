@@ -5,6 +5,10 @@
 #include "capstan/ops/attention.h"
 #include "capstan/ops/attention_choice.h"
 
+namespace capstan::ops::cpu {
+struct AttentionKernels;
+}
+
 namespace capstan::ops::attention_forms {
 
 using Form = AttentionForm;
@@ -17,6 +21,7 @@ struct Call {
   Tensor q_BTNH, k_BSKH, v_BSKH;
   double scale;
   AttentionMask mask;
+  const cpu::AttentionKernels* kernels = nullptr;  // null: those for this processor
 };
 [[nodiscard]] AttentionParts forward(Form form, const Call& call);
 void backward(Form form, const Call& call, const Tensor& grad_BTNH, const AttentionParts& parts,

@@ -61,6 +61,10 @@ void run(cpu::AttentionKernels::Kernel kernel, const cpu::AttentionArgs& args, i
   });
 }
 
+const cpu::AttentionKernels& kernels_of(const Call& call) {
+  return call.kernels ? *call.kernels : cpu::attention_kernels();
+}
+
 Tensor scratch_for(const Tensor& q, int64_t elements) {
   return at::empty({at::get_num_threads(), elements}, q.options().dtype(wide_dtype(q)));
 }
@@ -85,7 +89,7 @@ AttentionParts kernel_forward(const Call& unprepared) {
       at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide_dtype(q)))};
   const auto args = arguments(call, call.mask.first_key_BT, parts.out_BTNH, parts.lse_BNT);
   const auto element = static_cast<size_t>(*cpu::element_of(q.scalar_type()));
-  const auto& kernels = cpu::attention_kernels();
+  const auto& kernels = kernels_of(call);
   const Tensor scratch = scratch_for(q, kernels.sizes[element](args).forward_scratch);
   run(kernels.forward[element], args, args.samples * args.key_heads * args.splits, scratch);
   return parts;
@@ -103,7 +107,7 @@ void kernel_backward(const Call& unprepared, const Tensor& grad_in, const Attent
   args.dk = view_of(into.k_BSKH);
   args.dv = view_of(into.v_BSKH);
   const auto element = static_cast<size_t>(*cpu::element_of(q.scalar_type()));
-  const auto& kernels = cpu::attention_kernels();
+  const auto& kernels = kernels_of(call);
   const auto sizes = kernels.sizes[element](args);
   const int64_t pairs = args.samples * args.key_heads, tasks = pairs * args.splits;
   const Tensor scratch = scratch_for(q, sizes.backward_scratch);

@@ -134,7 +134,7 @@ void attention_backward(const AttentionArgs& a, int64_t task_begin, int64_t task
       store(s.dv + e, VecOf<S>{});
     }
     for (int64_t block = task.split; block < blocks; block += a.splits) {
-      describe_block<S>(a, task.sample, block, b);
+      describe_block<kPanel<S>>(a, task.sample, block, b);
       for (int64_t g = 0; g < group; ++g) {
         b.head = task.key_head * group + g;
         backward_block<T>(a, plan, s, b);

@@ -87,19 +87,21 @@ CAPSTAN_INLINE Run keys_of(const AttentionArgs& a, int64_t sample, int64_t query
   return {begin, end};
 }
 
-// A block of queries of one head and the panels of keys that it sees.
-struct QueryBlock {
+// A block of at most kRows queries of one head and the panels of keys that it sees.
+template <int64_t kRows>
+struct BlockOf {
   int64_t sample, head;
   int64_t first, rows;
   int64_t panel_begin, panel_end;
-  Run runs[kQueryBlock];
+  Run runs[kRows];
 };
-template <class S>
+using QueryBlock = BlockOf<kQueryBlock>;
+template <int64_t kPanelKeys, int64_t kRows>
 CAPSTAN_INLINE void describe_block(const AttentionArgs& a, int64_t sample, int64_t block,
-                                   QueryBlock& b) {
+                                   BlockOf<kRows>& b) {
   b.sample = sample;
-  b.first = block * kQueryBlock;
-  b.rows = a.queries - b.first < kQueryBlock ? a.queries - b.first : kQueryBlock;
+  b.first = block * kRows;
+  b.rows = a.queries - b.first < kRows ? a.queries - b.first : kRows;
   int64_t low = a.keys, high = 0;
   for (int64_t r = 0; r < b.rows; ++r) {
     b.runs[r] = keys_of(a, sample, b.first + r);
@@ -107,8 +109,8 @@ CAPSTAN_INLINE void describe_block(const AttentionArgs& a, int64_t sample, int64
     low = b.runs[r].begin < low ? b.runs[r].begin : low;
     high = b.runs[r].end > high ? b.runs[r].end : high;
   }
-  b.panel_begin = low < high ? low / kPanel<S> : 0;
-  b.panel_end = low < high ? panels_of<S>(high) : 0;
+  b.panel_begin = low < high ? low / kPanelKeys : 0;
+  b.panel_end = low < high ? (high + kPanelKeys - 1) / kPanelKeys : 0;
 }
 
 template <class T>
@@ -137,19 +139,19 @@ template <class T>
 CAPSTAN_INLINE Rows<T> keys_of_task(const AttentionArgs& a, const HeadsView& view, const Task& t) {
   return {head_of<const T>(view, t.sample, 0, t.key_head), view.token, a.keys, a.head_size};
 }
-template <class T>
+template <class T, int64_t kRows>
 CAPSTAN_INLINE Rows<T> rows_of_block(const AttentionArgs& a, const HeadsView& view,
-                                     const QueryBlock& b) {
+                                     const BlockOf<kRows>& b) {
   return {head_of<const T>(view, b.sample, b.first, b.head), view.token, b.rows, a.head_size};
 }
-template <class S>
-CAPSTAN_INLINE S* lse_of_block(const AttentionArgs& a, const QueryBlock& b) {
+template <class S, int64_t kRows>
+CAPSTAN_INLINE S* lse_of_block(const AttentionArgs& a, const BlockOf<kRows>& b) {
   return static_cast<S*>(a.lse) + (b.sample * a.query_heads + b.head) * a.queries + b.first;
 }
 
 // Writes the block's rows, each times its scale if there are scales.
-template <class T>
-void store_rows(const HeadsView& view, const QueryBlock& b, const Rows<ScalarOf<T>>& from,
+template <class T, int64_t kRows>
+void store_rows(const HeadsView& view, const BlockOf<kRows>& b, const Rows<ScalarOf<T>>& from,
                 const ScalarOf<T>* scales) {
   for (int64_t r = 0; r < from.count; ++r) {
     T* const to = head_of<T>(view, b.sample, b.first + r, b.head);

@@ -91,7 +91,7 @@ void attention_forward(const AttentionArgs& a, int64_t task_begin, int64_t task_
     pack_transposed(keys_of_task<T>(a, a.k, task), s.keys);
     pack_columns(keys_of_task<T>(a, a.v, task), plan.keys_padded, s.values);
     for (int64_t block = task.split; block < blocks; block += a.splits) {
-      describe_block<S>(a, task.sample, block, b);
+      describe_block<kPanel<S>>(a, task.sample, block, b);
       for (int64_t g = 0; g < group; ++g) {
         b.head = task.key_head * group + g;
         forward_block<T>(a, plan, s, b);

@@ -43,7 +43,7 @@ struct AttentionKernels {  // indexed by Element; scratch belongs to the calling
 inline constexpr int64_t kQueryBlock = 48;
 
 extern const AttentionKernels attention_plain, attention_avx2, attention_avx512,
-    attention_avx512bf16;
+    attention_avx512bf16, attention_amx;
 [[nodiscard]] const AttentionKernels& attention_kernels();
 
 }  // namespace capstan::ops::cpu

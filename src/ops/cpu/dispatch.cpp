@@ -24,6 +24,7 @@ const Kernels& pick(const Kernels& plain, const Kernels& avx2, const Kernels& av
     case device::Isa::kAvx512:
       return avx512;
     case device::Isa::kAvx512Bf16:
+    case device::Isa::kAmx:
       return avx512bf16;
   }
   return plain;
@@ -65,7 +66,9 @@ const Fp8Kernels& fp8_kernels() {
 
 const AttentionKernels& attention_kernels() {
   static const auto& kernels =
-      pick(attention_plain, attention_avx2, attention_avx512, attention_avx512bf16);
+      device::isa_level() == device::Isa::kAmx
+          ? attention_amx
+          : pick(attention_plain, attention_avx2, attention_avx512, attention_avx512bf16);
   return kernels;
 }
 

@@ -14,6 +14,7 @@ const Kernels& kernels() {
       return avx2::kKernels;
     case device::Isa::kAvx512:
     case device::Isa::kAvx512Bf16:
+    case device::Isa::kAmx:
       return avx512::kKernels;
   }
   return plain::kKernels;

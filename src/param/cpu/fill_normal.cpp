@@ -14,6 +14,7 @@ const FillNormal& fill_normal() {
       return avx2::kFillNormal;
     case device::Isa::kAvx512:
     case device::Isa::kAvx512Bf16:
+    case device::Isa::kAmx:
       return avx512::kFillNormal;
   }
   return plain::kFillNormal;

@@ -40,8 +40,9 @@ TEST(IsaLevel, HigherThanTheProcessor_IsRefused) {
 }
 
 TEST(IsaLevel, UnknownName_IsRefusedWithTheList) {
-  EXPECT_THAT(refusal(Isa::kAvx512, "sse9"), AllOf(HasSubstr("CAPSTAN_ISA"), HasSubstr("'sse9'"),
-                                                   HasSubstr("plain, avx2, avx512, avx512bf16")));
+  EXPECT_THAT(refusal(Isa::kAvx512, "sse9"),
+              AllOf(HasSubstr("CAPSTAN_ISA"), HasSubstr("'sse9'"),
+                    HasSubstr("plain, avx2, avx512, avx512bf16, amx")));
   EXPECT_THAT(refusal(Isa::kAvx512, ""), HasSubstr("CAPSTAN_ISA"));
 }
 
@@ -50,6 +51,7 @@ TEST(IsaLevel, Detection_AgreesWithTheKernelsFlags) {
   EXPECT_EQ(isa >= Isa::kAvx2, cpu_has("avx2") && cpu_has("fma"));
   EXPECT_EQ(isa >= Isa::kAvx512, cpu_has("avx512f") && cpu_has("avx512bw") && cpu_has("avx512dq") &&
                                      cpu_has("avx512vl"));
+  EXPECT_TRUE(isa < Isa::kAmx || (cpu_has("amx_tile") && cpu_has("amx_bf16")));
 }
 
 }  // namespace

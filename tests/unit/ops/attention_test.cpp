@@ -8,8 +8,10 @@
 #include <limits>
 
 #include "capstan/base/error.h"
+#include "capstan/device/isa.h"
 #include "capstan/ops/path.h"
 #include "ops/attention_internal.h"
+#include "ops/cpu/attention_kernels.h"
 #include "unit/ops/one_param.h"
 
 namespace capstan::ops {
@@ -55,8 +57,22 @@ std::vector<AttentionMask> masks_for(const Shape& s) {
   return masks;
 }
 
-void compare_forms(const Shape& s, at::ScalarType dtype, const AttentionMask& mask) {
-  const Call call = make_call(s, dtype, mask);
+// What this processor can run of the kernels' compilations.
+std::vector<std::pair<device::Isa, const cpu::AttentionKernels*>> kernels_here() {
+  std::vector<std::pair<device::Isa, const cpu::AttentionKernels*>> list = {
+      {device::Isa::kPlain, &cpu::attention_plain},
+      {device::Isa::kAvx2, &cpu::attention_avx2},
+      {device::Isa::kAvx512, &cpu::attention_avx512},
+      {device::Isa::kAvx512Bf16, &cpu::attention_avx512bf16},
+      {device::Isa::kAmx, &cpu::attention_amx}};
+  std::erase_if(list, [](const auto& entry) { return entry.first > device::detect_isa(); });
+  return list;
+}
+
+void compare_forms(const Shape& s, at::ScalarType dtype, const AttentionMask& mask,
+                   const cpu::AttentionKernels* kernels = nullptr) {
+  Call call = make_call(s, dtype, mask);
+  call.kernels = kernels;
   const AttentionParts want = attention_forms::forward(Form::kReference, call);
   const AttentionParts got = attention_forms::forward(Form::kKernel, call);
   ASSERT_TRUE(testing::near(got.out_BTNH, want.out_BTNH));
@@ -94,6 +110,50 @@ TEST(Attention, KernelMatchesReference_ShapesMasksDtypes) {
       }
 }
 
+TEST(Attention, EveryInstructionSetMatchesReference) {
+  for (const auto& [isa, kernels] : kernels_here())
+    for (const Shape& s : {Shape{2, 70, 70, 4, 2, 16}, Shape{1, 5, 61, 6, 2, 24},
+                           Shape{1, 130, 130, 3, 1, 40}, Shape{1, 65, 97, 2, 2, 64}})
+      for (const auto dtype : {at::kFloat, at::kBFloat16})
+        for (const AttentionMask& mask : masks_for(s)) {
+          SCOPED_TRACE(fmt::format("{} T {} S {} H {} {} offset {} window {} documents {}",
+                                   device::name_of(isa), s.queries, s.keys, s.size,
+                                   at::toString(dtype), mask.query_offset,
+                                   mask.sliding_window.value_or(0), mask.first_key_BT.defined()));
+          compare_forms(s, dtype, mask, kernels);
+          if (HasFatalFailure()) return;
+        }
+}
+
+// Products of bf16 pairs see probabilities rounded to bf16, sums do not: against fp64, the error of
+// each result is that of such a rounding.
+TEST(Attention, Bf16ErrorIsThatOfOneRounding) {
+  const Call narrow = make_call({2, 150, 150, 4, 2, 64}, at::kBFloat16);
+  Call wide = narrow;
+  for (Tensor* x : {&wide.q_BTNH, &wide.k_BSKH, &wide.v_BSKH}) *x = x->to(at::kDouble);
+  const AttentionParts want = attention_forms::forward(Form::kReference, wide);
+  const Tensor grad = normal(want.out_BTNH.sizes(), 4, at::kBFloat16);
+  const AttentionGrads exact =
+      attention_forms::reference_backward(wide, grad.to(at::kDouble), want);
+  const auto error = [](const Tensor& got, const Tensor& want_) {
+    return ((got.to(at::kDouble) - want_).norm() / want_.norm()).item<double>();
+  };
+  for (const auto& [isa, kernels] : kernels_here()) {
+    SCOPED_TRACE(device::name_of(isa));
+    Call call = narrow;
+    call.kernels = kernels;
+    const AttentionParts got = attention_forms::forward(Form::kKernel, call);
+    EXPECT_LT(error(got.out_BTNH, want.out_BTNH), 4e-3);
+    EXPECT_LT(error(got.lse_BNT, want.lse_BNT), 1e-6);
+    const AttentionGrads into{at::empty_like(call.q_BTNH), at::empty_like(call.k_BSKH),
+                              at::empty_like(call.v_BSKH)};
+    attention_forms::backward(Form::kKernel, call, grad, got, into);
+    EXPECT_LT(error(into.q_BTNH, exact.q_BTNH), 8e-3);
+    EXPECT_LT(error(into.k_BSKH, exact.k_BSKH), 8e-3);
+    EXPECT_LT(error(into.v_BSKH, exact.v_BSKH), 4e-3);
+  }
+}
+
 TEST(Attention, OddHeadSizesAreExactToo) {
   for (const int64_t size : {1, 3, 7, 20, 100})
     compare_forms({1, 50, 50, 2, 1, size}, at::kFloat, {});
@@ -104,6 +164,8 @@ TEST(Attention, FewTasksAreSplitOverThreads) {
   at::set_num_threads(5);
   compare_forms({1, 200, 200, 2, 1, 16}, at::kDouble, {});
   compare_forms({1, 200, 200, 4, 2, 16}, at::kFloat, {.first_key_BT = documents(1, 200)});
+  for (const auto& [isa, kernels] : kernels_here())
+    compare_forms({1, 300, 300, 4, 2, 16}, at::kBFloat16, {}, kernels);
   at::set_num_threads(before);
 }
 
