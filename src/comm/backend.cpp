@@ -92,6 +92,8 @@ std::string describe(const Request& request) {
   return text;
 }
 
+void Backend::launch(const std::string& /*what*/, const std::function<void()>& launch) { launch(); }
+
 std::string Group::text() const {
   constexpr size_t kShown = 16;
   if (ranks.size() <= kShown) return fmt::format("[{}]", fmt::join(ranks, ","));

@@ -139,6 +139,17 @@ Communicator Communicator::split(const std::string& axis, const std::vector<int>
           axis};
 }
 
+void Communicator::launch(const Ledger::Table& traffic, const std::function<void()>& launch) const {
+  ledger().add(traffic);
+  if (traffic.empty()) return launch();
+  std::vector<std::string> operations;
+  for (const auto& [name, sum] : traffic)
+    operations.push_back(fmt::format("{} x {}", name, sum.calls));
+  backend_->launch(fmt::format("{}", fmt::join(operations, ", ")), launch);
+}
+
+void Communicator::check_job() const { backend_->check_job(); }
+
 Communicator Communicator::renamed(std::string axis) const { return {backend_, std::move(axis)}; }
 
 void Communicator::set_timeout(double seconds) const {

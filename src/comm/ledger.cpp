@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/comm/ledger.h"
 
+#include <utility>
+
 namespace capstan::comm {
 
 void Ledger::add(const std::string& axis, const std::string& op, int64_t bytes) {
@@ -12,6 +14,14 @@ void Ledger::add(const std::string& axis, const std::string& op, int64_t bytes) 
   Traffic& traffic = table_[key];
   ++traffic.calls;
   traffic.bytes += bytes;
+}
+
+void Ledger::add(const Table& more) {
+  std::lock_guard lock(mutex_);
+  for (const auto& [key, traffic] : more) {
+    table_[key].calls += traffic.calls;
+    table_[key].bytes += traffic.bytes;
+  }
 }
 
 Traffic Ledger::of(const std::string& axis, const std::string& op) const {
@@ -34,6 +44,17 @@ Traffic Ledger::total() const {
 Ledger::Table Ledger::table() const {
   std::lock_guard lock(mutex_);
   return table_;
+}
+
+Ledger::Table Ledger::take_back(const Table& before) {
+  std::lock_guard lock(mutex_);
+  Table more = std::exchange(table_, before);
+  for (const auto& [key, traffic] : before) {
+    more[key].calls -= traffic.calls;
+    more[key].bytes -= traffic.bytes;
+  }
+  std::erase_if(more, [](const auto& entry) { return entry.second == Traffic{}; });
+  return more;
 }
 
 void Ledger::reset() {

@@ -127,10 +127,43 @@ NcclWork::Place NcclBackend::place_of(const Request& request) {
   return place;
 }
 
+// Like a collective of its own kind; all members launch the same graphs in the same order.
+NcclWork::Place NcclBackend::launch_place(const std::string& what) {
+  const int64_t sequence = next_launch_++;
+  const std::string counter = id_ + ":graphs";
+  NcclWork::Place place{.note = {.title = fmt::format("a launched graph #{} of {} on {}", sequence,
+                                                      what, group().text()),
+                                 .sequence = sequence,
+                                 .counters = {}},
+                        .counter = counter};
+  for (const int rank : group().ranks) place.note.counters[rank] = counter;
+  check_job();
+  place.flight = state().recorder.add(
+      {.axis = group().text(), .sequence = sequence, .what = "a launched graph of " + what});
+  return place;
+}
+
+void NcclBackend::launch(const std::string& what, const std::function<void()>& launch) {
+  const auto work = std::make_shared<NcclWork>(job_->device(), Request{}, launch_place(what));
+  job_->launches().watch(work);
+  launch();
+  work->set_launched(accelerator().current_stream());
+}
+
+void NcclBackend::check_job() {
+  if (is_aborted()) job_->device()->rethrow_end("the end of a step on the device");
+}
+
 std::shared_ptr<WorkState> NcclBackend::issue(Request request) {
   const Tensor& payload = request.payload();
-  if (!payload.defined() || payload.is_cpu()) return control_->issue(std::move(request));
+  const bool is_recorded = accelerator().is_capturing();
+  if (!payload.defined() || payload.is_cpu()) {
+    CAPSTAN_CHECK(!is_recorded, "{} on {} waits for the host while a graph is recorded",
+                  describe(request), request.axis);
+    return control_->issue(std::move(request));
+  }
   refuse_if_impossible(request);
+  if (is_recorded) return channel_of(request).record(std::move(request));
   auto place = place_of(request);
   NcclChannel& channel = channel_of(request);
   const auto work =

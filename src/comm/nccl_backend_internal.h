@@ -23,6 +23,8 @@ class NcclBackend final : public Backend {
   [[nodiscard]] std::shared_ptr<WorkState> issue(Request request) override;
   [[nodiscard]] std::shared_ptr<Backend> split(const std::string& axis,
                                                const std::vector<int>& members) override;
+  void launch(const std::string& what, const std::function<void()>& launch) override;
+  void check_job() override;
   void abort(const std::string& reason) noexcept override;
   [[nodiscard]] bool is_aborted() const override { return control_->is_aborted(); }
   [[nodiscard]] c10::Device device() const override { return accelerator().device(); }
@@ -37,13 +39,14 @@ class NcclBackend final : public Backend {
   [[nodiscard]] NcclWork::Place place_of(const Request& request);
   [[nodiscard]] NcclWork::Place collective_place(const Request& request);
   [[nodiscard]] NcclWork::Place message_place(const Request& request);
+  [[nodiscard]] NcclWork::Place launch_place(const std::string& what);
   [[nodiscard]] NcclChannel& channel_of(const Request& request);
   [[nodiscard]] NcclChannel::IdSource message_id(Direction direction);
 
   const std::shared_ptr<NcclJob> job_;
   const std::shared_ptr<Backend> control_;
   const std::string id_;
-  int64_t next_collective_ = 0, next_split_ = 0;
+  int64_t next_collective_ = 0, next_split_ = 0, next_launch_ = 0;
   std::map<Direction, int64_t> next_message_;
   std::shared_ptr<NcclChannel> collectives_;
   std::map<Direction, std::shared_ptr<NcclChannel>> messages_;

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <thread>
 
+#include "capstan/base/check.h"
 #include "capstan/base/log.h"
 
 namespace capstan::comm {
@@ -94,6 +95,7 @@ void NcclChannel::launch_backlog() {
     {
       std::lock_guard lock(mutex_);
       is_ready_ = backlog_.empty();
+      if (is_ready_) became_ready_.notify_all();
       if (is_ready_ || is_closed_) return;
       next = backlog_.front();
       backlog_.pop_front();
@@ -109,8 +111,15 @@ std::exception_ptr NcclChannel::launch(const std::shared_ptr<NcclWork>& work) {
   return work->failure();
 }
 
-// Returns what went wrong.
 std::string NcclChannel::call_nccl(NcclWork& work) {
+  return with_communicator([&](NcclComm comm) {
+    device_->accelerator.wait(stream_, work.ready());
+    launch_on_nccl({*device_->api, comm, stream_, place_.rank, place_.size}, work.request());
+    work.set_launched(stream_);
+  });
+}
+
+std::string NcclChannel::with_communicator(const std::function<void(NcclComm)>& call) {
   NcclComm comm;
   {
     std::lock_guard lock(mutex_);
@@ -120,9 +129,7 @@ std::string NcclChannel::call_nccl(NcclWork& work) {
   }
   std::string error;
   try {
-    device_->accelerator.wait(stream_, work.ready());
-    launch_on_nccl({*device_->api, comm, stream_, place_.rank, place_.size}, work.request());
-    work.set_launched(stream_);
+    call(comm);
   } catch (const std::exception& e) {
     error = e.what();
   }
@@ -132,6 +139,40 @@ std::string NcclChannel::call_nccl(NcclWork& work) {
   }
   launched_.notify_all();
   return error;
+}
+
+// Made by earlier operations: what a communicator needs at first cannot be part of a graph.
+void NcclChannel::wait_until_ready() {
+  std::unique_lock lock(mutex_);
+  CAPSTAN_CHECK(is_started_, "the first operation of {} is one of a graph", place_.name);
+  became_ready_.wait(lock, [this] { return is_ready_ || is_closed_; });
+  is_recorded_ = true;
+}
+
+std::shared_ptr<WorkState> NcclChannel::record(Request request) {
+  wait_until_ready();
+  const std::string title = describe(request) + " on " + request.axis;
+  if (is_closed_) device_->rethrow_end(title);
+  const auto work = std::make_shared<NcclRecordedWork>(device_, std::move(request));
+  const std::string error = with_communicator([&](NcclComm comm) {
+    work->fork(stream_);
+    launch_on_nccl({*device_->api, comm, stream_, place_.rank, place_.size}, work->request());
+    work->end(stream_);
+  });
+  if (error.empty()) return work;
+  throw EnvError(ErrorText{.module = "comm",
+                           .what = "recording " + title + " as part of a graph",
+                           .got = error,
+                           .fix = "Look at what NCCL_DEBUG=WARN prints, or set run.graphs: false"});
+}
+
+void NcclChannel::watch(const std::shared_ptr<NcclWork>& work) {
+  {
+    std::lock_guard lock(mutex_);
+    settle_locked();
+    if (!is_closed_) return outstanding_.push_back(work);
+  }
+  device_->rethrow_end(work->place().note.title);
 }
 
 void NcclChannel::explain(NcclWork& work, const std::string& got) const {
@@ -154,14 +195,15 @@ void NcclChannel::settle_locked() {
     outstanding_.front()->finish();
 }
 
-std::optional<NcclChannel::Trouble> NcclChannel::check() {
+std::optional<NcclChannel::Trouble> NcclChannel::check(const std::shared_ptr<NcclWork>& launched) {
   std::lock_guard lock(mutex_);
   settle_locked();
-  if (outstanding_.empty()) return std::nullopt;
-  const std::shared_ptr<NcclWork>& work = outstanding_.front();
+  const std::shared_ptr<NcclWork> work = outstanding_.empty() ? launched : outstanding_.front();
+  if (!work) return std::nullopt;
   const std::string& title = work->place().note.title;
   if (const auto error = async_error())
     return Trouble{work, {.title = title, .got = *error, .fix = kLookElsewhere}};
+  if (outstanding_.empty()) return std::nullopt;
   if (work->can_take_turn()) work->take_turn();
   if (work->waited_s() == 0) return std::nullopt;
   work->note_wait();
@@ -195,10 +237,25 @@ void NcclChannel::close(const Reason& why) {
     std::unique_lock lock(mutex_);
     launched_.wait_for(lock, kLaunchPatience, [this] { return !is_launching_; });
   }
-  if (comm.handle == nullptr) return;
-  const NcclResult result = device_->api->comm_abort(comm);
-  if (result != NcclResult::kSuccess)
-    log::warning("comm", "{}", nccl_error_text(*device_->api, {}, "ncclCommAbort", result));
+  became_ready_.notify_all();
+  if (comm.handle != nullptr) abort(comm);
+}
+
+// NCCL lets go of a communicator when the last graph with its operations is destroyed, which may be
+// a matter of the thread that closes; what runs on the device is ended before that.
+void NcclChannel::abort(NcclComm comm) {
+  const auto call = [api = device_->api, comm] {
+    const NcclResult result = api->comm_abort(comm);
+    if (result != NcclResult::kSuccess)
+      log::warning("comm", "{}", nccl_error_text(*api, {}, "ncclCommAbort", result));
+  };
+  if (!is_recorded_) return call();
+  device_->begin_abort();
+  std::thread([call, device = device_] {
+    device->accelerator.set_device(device->accelerator.device().index());
+    call();
+    device->end_abort();
+  }).detach();
 }
 
 void NcclChannel::release(bool at_once) {

@@ -33,14 +33,20 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
 
   // Operations run in the order of these calls. Throws what the launch itself reports.
   void submit(const std::shared_ptr<NcclWork>& work);
+  // The operation becomes part of the graph that is being recorded.
+  [[nodiscard]] std::shared_ptr<WorkState> record(Request request);
+  // Work that is queued elsewhere, in the order of these calls.
+  void watch(const std::shared_ptr<NcclWork>& work);
   // Lets go of what is done.
   void settle();
-  // The same, starts the clock of what has its turn, and tells what went wrong.
+  // The same, starts the clock of what has its turn, and tells what went wrong. `launched`: a graph
+  // under way, which may hold operations of this channel; null: none.
   struct Trouble {
     std::shared_ptr<NcclWork> work;
     WaitFailure failure;
   };
-  [[nodiscard]] std::optional<Trouble> check();
+  [[nodiscard]] std::optional<Trouble> check(const std::shared_ptr<NcclWork>& launched);
+  [[nodiscard]] std::shared_ptr<NcclWork> head();  // the first that is not done
   // Fails all operations with what `why` says, then aborts the communicator.
   using Reason = std::function<std::exception_ptr(const NcclWork& work)>;
   void close(const Reason& why);
@@ -58,8 +64,11 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
   // Returns the failure of the work, if any.
   [[nodiscard]] std::exception_ptr launch(const std::shared_ptr<NcclWork>& work);
   [[nodiscard]] std::string call_nccl(NcclWork& work);
+  // Calls NCCL with the communicator, unless the channel is closed. Returns what went wrong.
+  [[nodiscard]] std::string with_communicator(const std::function<void(NcclComm)>& call);
+  void wait_until_ready();
+  void abort(NcclComm comm);
   void explain(NcclWork& work, const std::string& got) const;
-  [[nodiscard]] std::shared_ptr<NcclWork> head();
   [[nodiscard]] std::optional<std::string> async_error() const;  // with the mutex held
   void settle_locked();
 
@@ -71,7 +80,8 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
   std::atomic<bool> is_closed_ = false;
   bool is_started_ = false, is_ready_ = false;
   bool is_launching_ = false;  // NCCL is being called; one thread at a time launches
-  std::condition_variable launched_;
+  bool is_recorded_ = false;   // a graph holds operations
+  std::condition_variable launched_, became_ready_;
   NcclComm comm_;
   std::deque<std::shared_ptr<NcclWork>> backlog_;      // not launched yet
   std::deque<std::shared_ptr<NcclWork>> outstanding_;  // not done yet, with the backlog

@@ -14,6 +14,7 @@ constexpr std::chrono::milliseconds kPeriod{20};
 }  // namespace
 
 NcclJob::NcclJob(std::shared_ptr<NcclDevice> device) : device_(std::move(device)) {
+  launches_ = open_channel({.name = "graphs"}, {});  // the first: its works fail before any end
   watcher_ = std::thread([this] { watch(); });
 }
 
@@ -24,6 +25,7 @@ NcclJob::~NcclJob() {
   }
   stop_changed_.notify_all();
   watcher_.join();
+  device_->finish_aborts();
 }
 
 std::shared_ptr<NcclChannel> NcclJob::open_channel(NcclChannel::Place place,
@@ -74,7 +76,7 @@ void NcclJob::check_channels() {
   device_->accelerator.set_device(device_->accelerator.device().index());
   for (const auto& channel : channels()) {
     if (device_->book->is_aborted()) break;
-    const auto trouble = channel->check();
+    const auto trouble = channel->check(launches_->head());
     if (!trouble) continue;
     device_->fail(*trouble->work, trouble->failure);
   }

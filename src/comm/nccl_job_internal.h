@@ -22,6 +22,8 @@ class NcclJob {
   [[nodiscard]] const std::shared_ptr<NcclDevice>& device() const { return device_; }
   [[nodiscard]] std::shared_ptr<NcclChannel> open_channel(NcclChannel::Place place,
                                                           NcclChannel::IdSource id);
+  // Graphs under way: a channel without a communicator.
+  [[nodiscard]] NcclChannel& launches() { return *launches_; }
   // Ends what runs on the device, in every group; its operations fail with the job's first reason.
   void close_channels() noexcept;
 
@@ -35,6 +37,7 @@ class NcclJob {
   std::condition_variable stop_changed_;
   bool stop_ = false;
   std::vector<std::weak_ptr<NcclChannel>> channels_;
+  std::shared_ptr<NcclChannel> launches_;
   std::thread watcher_;
 };
 

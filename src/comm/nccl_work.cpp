@@ -2,13 +2,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "comm/nccl_work_internal.h"
 
+#include <chrono>
 #include <optional>
 #include <utility>
 
+#include "capstan/base/check.h"
 #include "capstan/base/env.h"
 #include "capstan/base/trace.h"
 
 namespace capstan::comm {
+namespace {
+
+constexpr std::chrono::seconds kAbortPatience{10};
+
+}  // namespace
 
 NcclDevice::NcclDevice(std::shared_ptr<NcclApi> nccl, device::Accelerator& where,
                        std::shared_ptr<WaitBook> waits, std::shared_ptr<RankState> rank_state)
@@ -66,6 +73,45 @@ void NcclDevice::rethrow_end(const std::string& where) {
   throw book->aborted_error(where);
 }
 
+void NcclDevice::begin_abort() {
+  std::lock_guard lock(mutex_);
+  ++aborting_;
+}
+
+void NcclDevice::end_abort() {
+  std::lock_guard lock(mutex_);
+  --aborting_;
+  explained_.notify_all();
+}
+
+void NcclDevice::finish_aborts() {
+  std::unique_lock lock(mutex_);
+  explained_.wait_for(lock, kAbortPatience, [this] { return aborting_ == 0; });
+}
+
+NcclRecordedWork::NcclRecordedWork(std::shared_ptr<NcclDevice> device, Request request)
+    : device_(std::move(device)),
+      request_(std::move(request)),
+      ready_(device_->take_event()),
+      done_(device_->take_event()) {
+  device_->accelerator.record(ready_, device_->accelerator.current_stream());
+}
+
+NcclRecordedWork::~NcclRecordedWork() {
+  device_->give_back(ready_);
+  device_->give_back(done_);
+}
+
+void NcclRecordedWork::fork(device::Stream stream) { device_->accelerator.wait(stream, ready_); }
+void NcclRecordedWork::end(device::Stream stream) { device_->accelerator.record(done_, stream); }
+
+void NcclRecordedWork::wait() {
+  device::Accelerator& accelerator = device_->accelerator;
+  CAPSTAN_CHECK(accelerator.is_capturing(), "{} on {} is part of a graph and waited for outside",
+                describe(request_), request_.axis);
+  accelerator.wait(accelerator.current_stream(), done_);
+}
+
 NcclWork::NcclWork(std::shared_ptr<NcclDevice> device, Request request, Place place)
     : device_(std::move(device)),
       request_(std::move(request)),
@@ -82,6 +128,8 @@ NcclWork::~NcclWork() {
 }
 
 void NcclWork::wait() {
+  CAPSTAN_CHECK(!device_->accelerator.is_capturing(),
+                "{} came before the recording that waits for it", place_.note.title);
   Request released;
   std::unique_lock lock(mutex_);
   if (phase_ == Phase::kQueued && !failure_) {
@@ -98,7 +146,9 @@ void NcclWork::wait() {
   if (phase_ == Phase::kDone) return;
   is_waited_for_ = true;
   const device::Stream current = device_->accelerator.current_stream();
+  lock.unlock();  // the watcher must see the work, however long the device's queue takes this
   device_->accelerator.wait(current, done_);
+  lock.lock();
   // On the stream that issued, whatever reuses the memory now comes after the operation.
   if (current.handle == issued_on_.handle) std::swap(released, request_);
 }

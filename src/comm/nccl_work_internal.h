@@ -35,6 +35,12 @@ struct NcclDevice {
   // Of a job that has ended.
   [[noreturn]] void rethrow_end(const std::string& where);
 
+  // Communicators that are aborted by threads of their own; finish_aborts waits for them, as long
+  // as they may take.
+  void begin_abort();
+  void end_abort();
+  void finish_aborts();
+
   const std::shared_ptr<NcclApi> api;
   device::Accelerator& accelerator;
   const std::shared_ptr<WaitBook> book;
@@ -44,8 +50,25 @@ struct NcclDevice {
   mutable std::mutex mutex_;
   std::vector<device::Event> events_;  // free ones
   std::condition_variable explained_;
-  int explaining_ = 0;
+  int explaining_ = 0, aborting_ = 0;
   std::exception_ptr failure_;
+};
+
+// An operation that is part of a graph: it exists while that is recorded.
+class NcclRecordedWork final : public WorkState {
+ public:
+  NcclRecordedWork(std::shared_ptr<NcclDevice> device, Request request);
+  ~NcclRecordedWork() override;
+  [[nodiscard]] const Request& request() const { return request_; }
+  void fork(device::Stream stream);  // which comes behind what has been recorded so far
+  void end(device::Stream stream);   // behind the operation
+  void wait() override;
+  [[nodiscard]] bool is_done() const override { return false; }  // nobody may ask the device
+
+ private:
+  std::shared_ptr<NcclDevice> device_;
+  Request request_;
+  const device::Event ready_, done_;
 };
 
 class NcclWork final : public WorkState {

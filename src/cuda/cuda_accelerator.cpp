@@ -3,8 +3,10 @@
 #include "cuda/cuda_accelerator.h"
 
 #include <ATen/ATen.h>
+#include <ATen/cuda/MemPool.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
@@ -26,6 +28,7 @@ void check(cudaError_t result, const char* call) {
 
 cudaStream_t raw(device::Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
 cudaEvent_t raw(device::Event event) { return static_cast<cudaEvent_t>(event.handle); }
+at::cuda::MemPool* raw(device::Pool pool) { return static_cast<at::cuda::MemPool*>(pool.handle); }
 
 c10::cuda::CUDAStream wrapped(device::Stream stream, c10::DeviceIndex index) {
   if (!stream.handle) return c10::cuda::getDefaultCUDAStream(index);
@@ -106,16 +109,21 @@ void CudaAccelerator::synchronize(device::Event event) {
   check(cudaEventSynchronize(raw(event)), "cudaEventSynchronize");
 }
 
-// LibTorch gives the graph a memory pool of its own. Calls of other threads (a prefetch that
-// allocates pinned memory) do not disturb the capture.
-void CudaAccelerator::begin_capture() {
+// Calls of other threads (a prefetch that allocates pinned memory, the watch over NCCL) do not
+// disturb the capture.
+void CudaAccelerator::begin_capture(device::Pool pool) {
   capturing_ = std::make_unique<at::cuda::CUDAGraph>();
-  capturing_->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+  capturing_->capture_begin(raw(pool)->id(), cudaStreamCaptureModeThreadLocal);
 }
 
 device::Graph CudaAccelerator::end_capture() {
-  capturing_->capture_end();
-  return {capturing_.release()};
+  auto made = std::move(capturing_);
+  made->capture_end();
+  return {made.release()};
+}
+
+bool CudaAccelerator::is_capturing() const {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
 void CudaAccelerator::launch(device::Graph graph) {
@@ -124,6 +132,22 @@ void CudaAccelerator::launch(device::Graph graph) {
 
 void CudaAccelerator::destroy(device::Graph graph) {
   delete static_cast<at::cuda::CUDAGraph*>(graph.handle);
+}
+
+device::Pool CudaAccelerator::create_pool() { return {new at::cuda::MemPool}; }
+void CudaAccelerator::destroy(device::Pool pool) { delete raw(pool); }
+
+void CudaAccelerator::begin_allocating(device::Pool pool) {
+  const auto is_here = [here = raw(current_stream())](cudaStream_t stream) {
+    return stream == here;
+  };
+  c10::cuda::CUDACachingAllocator::beginAllocateToPool(index_, raw(pool)->id(), is_here);
+}
+
+// Each begin counts as a user of the pool.
+void CudaAccelerator::end_allocating(device::Pool pool) {
+  c10::cuda::CUDACachingAllocator::endAllocateToPool(index_, raw(pool)->id());
+  c10::cuda::CUDACachingAllocator::releasePool(index_, raw(pool)->id());
 }
 
 void CudaAccelerator::keep_for(const at::Tensor& tensor, device::Stream stream) {

@@ -31,10 +31,15 @@ class CudaAccelerator final : public device::Accelerator {
   [[nodiscard]] bool is_done(device::Event event) const override;
   void synchronize(device::Event event) override;
 
-  void begin_capture() override;
+  void begin_capture(device::Pool pool) override;
   [[nodiscard]] device::Graph end_capture() override;
+  [[nodiscard]] bool is_capturing() const override;
   void launch(device::Graph graph) override;
   void destroy(device::Graph graph) override;
+  [[nodiscard]] device::Pool create_pool() override;
+  void destroy(device::Pool pool) override;
+  void begin_allocating(device::Pool pool) override;
+  void end_allocating(device::Pool pool) override;
 
   void keep_for(const at::Tensor& tensor, device::Stream stream) override;
   [[nodiscard]] at::Tensor empty_pinned(at::IntArrayRef sizes, at::ScalarType dtype) override;

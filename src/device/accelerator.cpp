@@ -19,10 +19,14 @@ std::atomic<Accelerator*> installed = nullptr;
 
 }  // namespace
 
-void Accelerator::begin_capture() { refuse_graphs(*this); }
+void Accelerator::begin_capture(Pool) { refuse_graphs(*this); }
 Graph Accelerator::end_capture() { refuse_graphs(*this); }
 void Accelerator::launch(Graph) { refuse_graphs(*this); }
 void Accelerator::destroy(Graph) { refuse_graphs(*this); }
+Pool Accelerator::create_pool() { refuse_graphs(*this); }
+void Accelerator::destroy(Pool) { refuse_graphs(*this); }
+void Accelerator::begin_allocating(Pool) { refuse_graphs(*this); }
+void Accelerator::end_allocating(Pool) { refuse_graphs(*this); }
 
 Accelerator* accelerator() { return installed.load(std::memory_order_acquire); }
 

@@ -83,11 +83,15 @@ void DeviceDecision::send_outcome() {
   pending_.push_back(std::move(step));
 }
 
-DeviceDecision::Outcome DeviceDecision::receive() {
+DeviceDecision::Outcome DeviceDecision::receive(const comm::Communicator& world) {
   const Pending step = std::move(pending_.front());
   pending_.pop_front();
   events_.push_back(step.done);
-  while (!accelerator_.is_done(step.done)) std::this_thread::sleep_for(kBetweenLooks);
+  while (!accelerator_.is_done(step.done)) {
+    world.check_job();
+    std::this_thread::sleep_for(kBetweenLooks);
+  }
+  world.check_job();  // the device also gets to the end of a step whose collectives were ended
   const double* const v = step.values.const_data_ptr<double>();
   return {.sums = {.loss = v[DeviceSums::kLoss],
                    .squares = v[DeviceSums::kSquares],

@@ -47,7 +47,8 @@ class DeviceDecision {
   };
   [[nodiscard]] size_t pending() const { return pending_.size(); }
   // Of the oldest step on its way; waits until it is through, with later ones queued behind it.
-  [[nodiscard]] Outcome receive();
+  // Throws what ended the job meanwhile.
+  [[nodiscard]] Outcome receive(const comm::Communicator& world);
   void restore(int64_t count) { step_.set_count(count); }
 
  private:

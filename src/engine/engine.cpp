@@ -103,7 +103,7 @@ struct Engine::Impl {
     if (reason.empty()) on_device.emplace(shards, plan, *device::accelerator());
     if (plan.resolved.run.graphs) {
       if (!reason.empty()) refuse_graph("a step that the host decides: " + reason);
-      graph.emplace(*device::accelerator());
+      graph.emplace(*device::accelerator(), world);
     }
     if (mesh.rank() != 0) return;
     log_attention(plan, device);
@@ -266,16 +266,20 @@ struct Engine::Impl {
       weights.push_back(executor.scaled_weights(work, batch));
       if (!weights.back().defined()) refuse_graph("an objective without token weights");
     }
+    for (auto& store : model.stores) store->settle();
     graph->load(*work.batches, weights);
     work.batches = &graph->batches();
     work.weights = &graph->weights();
-    graph->passes.run([&] { run_passes(work, graph->loss); });
+    graph->passes.run([&] {
+      if (model.fp8) model.fp8->forget_weights();
+      run_passes(work, graph->loss);
+    });
     graph->update.run([&] { update_on_device(graph->loss); });
   }
 
   [[nodiscard]] StepReport next_report() {
     if (on_device) {
-      const auto outcome = on_device->receive();
+      const auto outcome = on_device->receive(world);
       return control.confirm_step(outcome.sums,
                                   {outcome.applied, outcome.count, outcome.gradient_scale});
     }
@@ -318,11 +322,13 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   if (!e.device.is_cpu()) check_ids(rows, e.plan.model().shape.vocab_size);
   const auto batches = e.parts_of(rows);
   // What weights are divided by must be known before any forward.
-  const Tensor counts = at::empty({2}, at::kDouble);
+  const Tensor counts = at::empty({3}, at::kDouble);
   auto* c = counts.data_ptr<double>();
   c[0] = objective.local_denominator(batches);
   c[1] = static_cast<double>(count_targets(batches));
+  c[2] = e.graph && e.graph->needs_room(batches) ? 1 : 0;
   e.data.all_reduce(counts).wait();
+  if (c[2] > 0) e.graph->make_room(batches);
   const auto target_tokens = static_cast<int64_t>(c[1]);
   const auto on_device = to_device(batches, e.device);
   const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};

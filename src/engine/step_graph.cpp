@@ -35,53 +35,104 @@ void set_documents(param::DocumentStarts& fixed, const param::DocumentStarts& ma
   fixed.longest = ids_BT.size(1);
 }
 
+// Places for starts of documents that a micro-batch takes at most.
+int64_t most_documents(const std::vector<MicroBatch>& batches) {
+  int64_t places = 0;
+  for (const MicroBatch& batch : batches)
+    if (const Tensor& starts = batch.rows.documents.starts; starts.defined())
+      places = std::max(places, starts.numel());
+  return places;
+}
+
+// What broke it is the failure to report, not that the recording is none.
+void end_broken_capture(device::Accelerator& accelerator) {
+  try {
+    accelerator.destroy(accelerator.end_capture());
+  } catch (const std::exception& e) {
+    log::debug("engine", "the end of a recording that failed: {}", e.what());
+  }
+}
+
 }  // namespace
 
+Lane::Lane(device::Accelerator& accelerator)
+    : accelerator_(accelerator),
+      stream_(accelerator.create_stream(false)),
+      event_(accelerator.create_event()),
+      pool_(accelerator.create_pool()) {}
+
+Lane::~Lane() {
+  accelerator_.destroy(event_);
+  accelerator_.destroy(pool_);
+}
+
+template <class Work>
+void Lane::in_turn(const Work& work) const {
+  const device::Stream here = accelerator_.current_stream();
+  accelerator_.record(event_, here);
+  accelerator_.wait(stream_, event_);
+  {
+    const device::StreamGuard guard(accelerator_, stream_);
+    work();
+  }
+  accelerator_.record(event_, stream_);
+  accelerator_.wait(here, event_);
+}
+
+void Lane::run(const std::function<void()>& work) const {
+  struct Allocating {
+    explicit Allocating(const Lane& own) : lane(own) {
+      lane.accelerator_.begin_allocating(lane.pool_);
+    }
+    ~Allocating() { lane.accelerator_.end_allocating(lane.pool_); }
+    Allocating(const Allocating&) = delete;
+    Allocating& operator=(const Allocating&) = delete;
+    const Lane& lane;
+  };
+  in_turn([&] {
+    const Allocating here(*this);
+    work();
+  });
+}
+
+device::Graph Lane::record(const std::function<void()>& work) const {
+  device::Graph made;
+  in_turn([&] {
+    accelerator_.begin_capture(pool_);
+    try {
+      work();
+    } catch (...) {
+      end_broken_capture(accelerator_);
+      throw;
+    }
+    made = accelerator_.end_capture();
+  });
+  return made;
+}
+
 RecordedWork::~RecordedWork() {
-  if (graph_.handle) accelerator_.destroy(graph_);
+  if (graph_.handle) lane_.accelerator().destroy(graph_);
 }
 
 void RecordedWork::run(const std::function<void()>& work) {
   if (calls_ < kStepsBefore) {
     ++calls_;
-    return work();
+    return lane_.run(work);
   }
-  if (!graph_.handle) record(work);
-  accelerator_.launch(graph_);
-}
-
-void RecordedWork::record(const std::function<void()>& work) {
-  device::Accelerator& a = accelerator_;
-  const device::Stream here = a.current_stream(), apart = a.create_stream(false);
-  const device::Event event = a.create_event();
-  a.record(event, here);
-  a.wait(apart, event);
-  device::Graph made;
-  std::exception_ptr failure;
-  {
-    const device::StreamGuard guard(a, apart);
-    a.begin_capture();
-    try {
-      work();
-    } catch (...) {
-      failure = std::current_exception();
-    }
-    made = a.end_capture();
+  if (!graph_.handle) {
+    comm::Ledger& ledger = world_.ledger();
+    const comm::Ledger::Table before = ledger.table();
+    graph_ = lane_.record(work);
+    traffic_ = ledger.take_back(before);
   }
-  a.record(event, apart);
-  a.wait(here, event);
-  a.destroy(event);
-  if (failure) {
-    a.destroy(made);
-    std::rethrow_exception(failure);
-  }
-  graph_ = made;
+  world_.launch(traffic_, [this] { lane_.accelerator().launch(graph_); });
 }
 
 void RecordedWork::forget() {
   if (!graph_.handle) return;
-  accelerator_.synchronize(accelerator_.current_stream());
-  accelerator_.destroy(graph_);
+  device::Accelerator& accelerator = lane_.accelerator();
+  accelerator.synchronize(accelerator.current_stream());
+  accelerator.destroy(graph_);
   graph_ = {};
   calls_ = kStepsBefore - 1;
 }
@@ -89,7 +140,6 @@ void RecordedWork::forget() {
 void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights) {
   batches_.resize(batches.size());
   weights_.resize(weights.size());
-  make_room(batches);
   for (size_t i = 0; i < batches.size(); ++i) {
     const MicroBatch& made = batches[i];
     MicroBatch& fixed = batches_[i];
@@ -100,24 +150,25 @@ void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<T
     set(first_key_BT, made.rows.first_key_BT);
     param::DocumentStarts documents = fixed.rows.documents;
     set_documents(documents, made.rows.documents, places_, made.ids_BT);
+    const Tensor row_index_T = fixed.rows.row_index_T;
     fixed.rows = made.rows;
     fixed.rows.documents = documents;
+    if (row_index_T.defined()) fixed.rows.row_index_T = row_index_T;  // the same in every step
     fixed.rows.positions_BT = positions_BT;
     fixed.rows.first_key_BT = first_key_BT;
     set(weights_[i], weights[i]);
   }
 }
 
+bool StepGraph::needs_room(const std::vector<MicroBatch>& batches) const {
+  return most_documents(batches) > places_;
+}
+
 void StepGraph::make_room(const std::vector<MicroBatch>& batches) {
-  int64_t places = places_;
-  for (const MicroBatch& batch : batches)
-    if (const Tensor& starts = batch.rows.documents.starts; starts.defined())
-      places = std::max(places, starts.numel());
-  if (places == places_) return;
   if (places_ > 0)
     log::info("engine", "a micro-batch of more than {} documents: the step is recorded again",
               places_ - 1);
-  places_ = places;
+  places_ = std::max(places_, most_documents(batches));
   passes.forget();
   update.forget();
 }

@@ -4,7 +4,7 @@
 // then on. What differs from step to step lies in tensors that stay where they are.
 #pragma once
 #include <functional>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "capstan/device/accelerator.h"
@@ -12,15 +12,41 @@
 
 namespace capstan::engine {
 
+// Where work runs before it is recorded, and is recorded: a stream and memory of its own, so that
+// a recording lies in the memory that the work before it has left.
+class Lane {
+ public:
+  explicit Lane(device::Accelerator& accelerator);
+  ~Lane();
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+  [[nodiscard]] device::Accelerator& accelerator() const { return accelerator_; }
+  // Behind the current stream, which comes behind it in turn.
+  void run(const std::function<void()>& work) const;
+  [[nodiscard]] device::Graph record(const std::function<void()>& work) const;
+
+ private:
+  template <class Work>
+  void in_turn(const Work& work) const;
+
+  device::Accelerator& accelerator_;
+  const device::Stream stream_;
+  const device::Event event_;
+  const device::Pool pool_;
+};
+
 // Work that is recorded when the device has done it often enough for libraries to have chosen
-// their kernels and taken their memory.
+// their kernels and taken their memory, and communicators have been made.
 class RecordedWork {
  public:
-  explicit RecordedWork(device::Accelerator& accelerator) : accelerator_(accelerator) {}
+  // `world` has all ranks that the work communicates with.
+  RecordedWork(const Lane& lane, comm::Communicator world)
+      : lane_(lane), world_(std::move(world)) {}
   ~RecordedWork();
   RecordedWork(const RecordedWork&) = delete;
   RecordedWork& operator=(const RecordedWork&) = delete;
   // Every call is of the same work: the same ops on the same memory, until it is forgotten.
+  // Collective over: world.
   void run(const std::function<void()>& work);
   // The work is another one from here on: it is run as it is once, and recorded anew. The host
   // waits.
@@ -29,28 +55,36 @@ class RecordedWork {
  private:
   void record(const std::function<void()>& work);
 
-  device::Accelerator& accelerator_;
+  const Lane& lane_;
+  const comm::Communicator world_;
   device::Graph graph_;
+  comm::Ledger::Table traffic_;  // of a launch
   int calls_ = 0;
 };
 
 class StepGraph {
- public:
-  explicit StepGraph(device::Accelerator& accelerator) : passes(accelerator), update(accelerator) {}
+  Lane lane_;
 
+ public:
+  StepGraph(device::Accelerator& accelerator, const comm::Communicator& world)
+      : lane_(accelerator), passes(lane_, world), update(lane_, world) {}
+
+  // Whether there are more documents than ever.
+  [[nodiscard]] bool needs_room(const std::vector<MicroBatch>& batches) const;
+  // All ranks, when one of them needs it: they record together.
+  void make_room(const std::vector<MicroBatch>& batches);
   // The values of a step's micro-batches, and the weights of their tokens as the head reads them,
-  // in tensors that stay where they are. With more documents than ever the graphs are forgotten.
+  // in tensors that stay where they are.
   void load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights);
   [[nodiscard]] const std::vector<MicroBatch>& batches() const { return batches_; }
   [[nodiscard]] const std::vector<Tensor>& weights() const { return weights_; }
 
+  // In this order, in every step.
   RecordedWork passes;  // forward and backward of all micro-batches
   RecordedWork update;  // sums, decision, optimizer
   Tensor loss;          // what the passes leave for the update
 
  private:
-  void make_room(const std::vector<MicroBatch>& batches);
-
   int64_t places_ = 0;  // of starts of documents, in each micro-batch
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> weights_;

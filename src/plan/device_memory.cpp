@@ -14,7 +14,7 @@ constexpr int64_t kContext = 512 * kMiB;
 
 // LibTorch's workspace of a cuBLAS handle on compute capability 9.0 (32 MiB), as large as
 // CUBLAS_WORKSPACE_CONFIG :4096:8 of deterministic runs; older cards take 8.1 MiB. Forward and
-// backward are different threads, each with a handle, and a graph is recorded on a stream apart.
+// backward are different threads, each with a handle; recorded steps run on a stream apart.
 constexpr int64_t kCublas = 32 * kMiB, kThreads = 2;
 
 // A connection of NCCL has a buffer for each of its protocols (LL, LL128, Simple at NCCL_BUFFSIZE).
@@ -45,8 +45,8 @@ int64_t device_bytes(const Plan& plan, const MemoryReport& tensors) {
   const bool graphs = plan.resolved.run.graphs;
   int64_t bytes = kContext + kCublas * kThreads * (graphs ? 2 : 1);
   bytes += communicators(plan, tensors.rank) * kChannels * kConnection;
-  // A recording has a pool of its own, while the allocator keeps what the steps before it took.
-  if (graphs) bytes += tensors.activations + tensors.workspace;
+  // Recorded steps keep their memory, so an evaluation takes other.
+  if (graphs) bytes += tensors.workspace;
   return bytes;
 }
 

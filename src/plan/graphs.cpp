@@ -16,9 +16,6 @@ void check_graphs(Draft& draft) {
   };
   const std::string not_yet = " is not in this build";
   refuse(r.run.device == "cpu", "graphs are a GPU's", "Set run.device: cuda");
-  refuse(draft.topology.world_size > 1,
-         "a graph over " + std::to_string(draft.topology.world_size) + " ranks" + not_yet,
-         "Start 1 rank");
   refuse(r.model.experts.count > 0, "routers choose on the host, a graph of experts" + not_yet,
          "Set model.experts.count: 0");
   refuse(r.optimizer.spike_skip.sigma.has_value(),
@@ -26,11 +23,13 @@ void check_graphs(Draft& draft) {
          "Set optimizer.spike_skip.sigma: none");
   refuse(r.precision.compute == "fp16" && !r.precision.loss_scale,
          "the dynamic loss scale of fp16 is the host's", "Set precision.loss_scale");
+  refuse(r.parallel.context.size > 1 && r.parallel.context.method == "ring" &&
+             r.data.documents == "separate",
+         "parallel.context.method ring leaves out parts of rows by where documents begin",
+         "Set parallel.context.method: all_to_all or data.documents: joined");
   refuse(r.parallel.zero.offload != "none" || r.parallel.offload_activations,
          "a graph with parallel.zero.offload or parallel.offload_activations" + not_yet,
          "Set parallel.zero.offload: none and parallel.offload_activations: false");
-  refuse(r.parallel.zero.stage > 0, "a graph with parallel.zero.stage above 0" + not_yet,
-         "Set parallel.zero.stage: 0");
 }
 
 }  // namespace capstan::plan

@@ -344,6 +344,8 @@ class Reducer {
     r_.run.tokens.reset();
     r_.run.threads = 1;
     r_.run.device = "cpu";
+    if (r_.run.graphs) note("run.graphs", "true", "false", "graphs are a GPU's");
+    r_.run.graphs = false;
     r_.data.tokenizer.reset();
     r_.data.train = {{.path = "drawn"}};
     r_.data.validation.clear();

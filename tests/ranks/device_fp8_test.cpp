@@ -114,5 +114,36 @@ TEST(Device, Fp8_LeavesTheHostAlone) {
   ops::install_device_kernels(nullptr);
 }
 
+// Casts of weights are part of the launches, also where an evaluation between two steps made its
+// own, and where weights are frozen.
+TEST(Device, Fp8_LaunchedAsGraphsIsTheSame) {
+  const auto losses = [](TinyRun run, bool graphs) {
+    run.graphs = graphs;
+    std::vector<double> made;
+    testing::with_engines(run, [&](int rank, Engine& engine) {
+      const test::BackwardOnThisThread here;
+      const auto objective = make_next_token_objective();
+      for (int step = 0; step < 6; ++step) {
+        made.push_back(engine.step(make_batches(engine.plan(), rank, step), *objective).loss);
+        engine.evaluate(make_batches(engine.plan(), rank, 100)[0]);
+        made.push_back(engine.report_eval().loss());
+        if (step != 3) continue;
+        for (const auto& entry : engine.state_entries())
+          if (entry.kind == "model") entry.tensor.mul_(0.5);
+        engine.restore(engine.scalars());
+      }
+    });
+    return made;
+  };
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const char* scaling : {"tensor", "row"})
+    for (const bool freezes : {false, true}) {
+      TinyRun run = fp8_run(scaling);
+      if (freezes) run.overrides.emplace_back("model.frozen=['*', '!*.1.*']");
+      EXPECT_EQ(losses(run, true), losses(run, false)) << scaling;
+    }
+  ops::install_device_kernels(nullptr);
+}
+
 }  // namespace
 }  // namespace capstan::engine

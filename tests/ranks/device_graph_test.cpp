@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "capstan/base/error.h"
+#include "capstan/device/accelerator.h"
 #include "capstan/ops/device_kernels.h"
 #include "ranks/engine_fixture.h"
 #include "support/fake_device/fake_device.h"
@@ -82,6 +83,21 @@ TEST_P(DeviceGraph, StepsAreThoseWithoutIt) {
     EXPECT_EQ(graph.launches, 3 * 2);  // the passes of all micro-batches, the update
     EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(graph.waits);
   }
+}
+
+// A recording takes the memory that the steps before it have left.
+TEST_P(DeviceGraph, RecordingTakesNoMemory) {
+  testing::with_engines({.graphs = true}, [](int rank, Engine& engine) {
+    const test::BackwardOnThisThread here;
+    const auto objective = make_next_token_objective();
+    std::vector<int64_t> reserved;
+    for (int step = 0; step < 5; ++step) {
+      (void)engine.step(make_batches(engine.plan(), rank, step), *objective);
+      reserved.push_back(device::accelerator()->memory().reserved_bytes);
+    }
+    EXPECT_EQ(reserved[2], reserved[1]);
+    EXPECT_EQ(reserved[4], reserved[1]);
+  });
 }
 
 // The decision is in the graph: a launched step is skipped, the next one is not.

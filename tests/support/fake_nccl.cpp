@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include <condition_variable>
 #include <cstring>
 #include <set>
 
@@ -22,11 +23,13 @@ struct FakeComm {
   int rank = 0;        // in the communicator
   int world_rank = 0;  // whose api made it
   int queued = 0;      // jobs that are not done
+  int graphs = 0;      // operations that graphs hold
   bool is_open = true;
 };
 
 struct FakeFabric::State {
   mutable std::mutex mutex;
+  std::condition_variable graph_gone;
   bool is_shut = false;
   uint64_t next_id = 1;
   std::map<uint64_t, std::shared_ptr<NcclClique>> cliques;  // by unique identifier
@@ -156,6 +159,7 @@ NcclResult FakeNccl::comm_destroy(NcclComm comm) {
   std::lock_guard lock(fabric_->state_->mutex);
   if (!fake.is_open) fabric_->state_->misuse(fake, "a communicator is destroyed twice");
   if (fake.queued > 0) fabric_->state_->misuse(fake, "a communicator is destroyed while in use");
+  if (fake.graphs > 0) fabric_->state_->misuse(fake, "a communicator is destroyed before a graph");
   fake.is_open = false;
   return NcclResult::kSuccess;
 }
@@ -169,6 +173,8 @@ NcclResult FakeNccl::comm_abort(NcclComm comm) {
     fake.is_open = false;
   }
   fake.clique->abort(fake.rank);
+  std::unique_lock lock(fabric_->state_->mutex);
+  fabric_->state_->graph_gone.wait(lock, [&] { return fake.graphs == 0; });
   return NcclResult::kSuccess;
 }
 
@@ -191,13 +197,6 @@ NcclResult FakeNccl::add(Operation operation, const NcclCall& call) {
       return NcclResult::kInvalidArgument;
     }
   }
-  const auto translate = [this](const void* p) {
-    return static_cast<std::byte*>(options_.host_address(const_cast<void*>(p)));
-  };
-  operation.collective.in = translate(operation.collective.in);
-  operation.collective.out = translate(operation.collective.out);
-  operation.message.in = translate(operation.message.in);
-  operation.message.out = translate(operation.message.out);
   Pending pending{operation, fake, call.stream};
   std::unique_lock lock(mutex_);
   const auto group = groups_.find(std::this_thread::get_id());
@@ -210,10 +209,38 @@ NcclResult FakeNccl::add(Operation operation, const NcclCall& call) {
   return NcclResult::kSuccess;
 }
 
-// Messages of a group run together, collectives one after the other.
 void FakeNccl::launch(std::vector<Pending> calls) {
   if (calls.empty()) return;
   FakeComm* const comm = calls.front().comm;
+  std::shared_ptr<void> of_graph(nullptr, [comm, fabric = fabric_](void*) {
+    const std::lock_guard lock(fabric->state_->mutex);
+    --comm->graphs;
+    fabric->state_->graph_gone.notify_all();
+  });
+  {
+    const std::lock_guard lock(fabric_->state_->mutex);
+    ++comm->graphs;
+  }
+  const device::Stream stream = calls.front().stream;
+  if (options_.record && options_.record(stream, [this, calls, of_graph] { start(calls, true); }))
+    return;
+  start(std::move(calls), false);
+}
+
+// Messages of a group run together, collectives one after the other.
+void FakeNccl::start(std::vector<Pending> calls, bool is_recorded) {
+  FakeComm* const comm = calls.front().comm;
+  const auto translate = [this](const void* p) {
+    return static_cast<std::byte*>(options_.host_address(const_cast<void*>(p)));
+  };
+  for (Pending& call : calls) {
+    auto& [is_collective, collective, message] = call.operation;
+    collective.in = translate(collective.in);
+    collective.out = translate(collective.out);
+    message.in = translate(message.in);
+    message.out = translate(message.out);
+    collective.is_recorded = message.is_recorded = is_recorded;
+  }
   bool hangs = false;
   {
     std::lock_guard lock(fabric_->state_->mutex);

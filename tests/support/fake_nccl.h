@@ -3,7 +3,9 @@
 // NCCL over host memory for ranks that are threads. It is as strict as the real one where that
 // matters: a rank's operation holds up its stream until its peers have come, a send until it was
 // received, unless calls are grouped; communicators are made when all ranks have asked. Sums have
-// the bits of the CPU backends. Operations that do not fit each other are an asynchronous error.
+// the bits of the CPU backends. Operations that do not fit each other are an asynchronous error,
+// also those of a graph and others: NCCL may choose different ways for them. A communicator that a
+// graph holds is gone only when the graph is; its destruction before that is a misuse.
 #pragma once
 #include <functional>
 #include <map>
@@ -48,6 +50,8 @@ class FakeNccl final : public comm::NcclApi {
   struct Options {
     std::function<void(device::Stream, std::function<void()>)> queue;  // runs a job on a stream
     std::function<void*(void*)> host_address = [](void* p) { return p; };
+    // Takes what a graph that is being recorded does on a stream; false outside of a capture.
+    std::function<bool(device::Stream, std::function<void()>)> record;
   };
   // Of rank `rank`, for faults.
   FakeNccl(std::shared_ptr<FakeFabric> fabric, int rank, Options options);
@@ -80,6 +84,7 @@ class FakeNccl final : public comm::NcclApi {
   [[nodiscard]] comm::NcclResult begin(const char* call);
   [[nodiscard]] comm::NcclResult add(Operation operation, const comm::NcclCall& call);
   void launch(std::vector<Pending> calls);
+  void start(std::vector<Pending> calls, bool is_recorded);
 
   std::shared_ptr<FakeFabric> fabric_;
   int rank_;

@@ -58,7 +58,7 @@ size_t size_of(NcclType type) { return c10::elementSize(torch_type_of(type)); }
 
 bool NcclCollective::fits(const NcclCollective& other) const {
   return kind == other.kind && type == other.type && reduce == other.reduce && root == other.root &&
-         count == other.count;
+         count == other.count && is_recorded == other.is_recorded;
 }
 
 NcclClique::NcclClique(int ranks)
@@ -151,8 +151,8 @@ void NcclClique::exchange(int rank, const std::vector<NcclMessage>& messages) {
   std::vector<std::pair<int, std::shared_ptr<Letter>>> sent;
   for (const NcclMessage& message : messages) {
     if (!message.is_send) continue;
-    sent.emplace_back(message.peer,
-                      std::make_shared<Letter>(Letter{message.in, message.bytes, false}));
+    sent.emplace_back(message.peer, std::make_shared<Letter>(
+                                        Letter{message.in, message.bytes, message.is_recorded}));
     boxes_[{rank, message.peer}].push_back(sent.back().second);
   }
   changed_.notify_all();
@@ -174,7 +174,7 @@ bool NcclClique::receive(std::unique_lock<std::mutex>& lock, int rank, const Ncc
   changed_.wait(lock, [&] { return !box.empty() || aborted_[r]; });
   if (aborted_[r]) return false;
   const auto letter = box.front();
-  if (letter->bytes != message.bytes) {
+  if (letter->bytes != message.bytes || letter->is_recorded != message.is_recorded) {
     error_ = NcclResult::kInvalidUsage;
     changed_.wait(lock, [&] { return aborted_[r] == true; });
     return false;

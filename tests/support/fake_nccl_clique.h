@@ -25,6 +25,7 @@ struct NcclCollective {
   size_t count = 0;
   const std::byte* in = nullptr;
   std::byte* out = nullptr;
+  bool is_recorded = false;  // launched by a graph
 
   [[nodiscard]] bool fits(const NcclCollective& other) const;
 };
@@ -35,6 +36,7 @@ struct NcclMessage {
   size_t bytes = 0;
   const std::byte* in = nullptr;
   std::byte* out = nullptr;
+  bool is_recorded = false;
 };
 
 [[nodiscard]] size_t size_of(comm::NcclType type);
@@ -60,6 +62,7 @@ struct NcclClique {
   struct Letter {
     const std::byte* data;
     size_t bytes;
+    bool is_recorded = false;
     bool is_taken = false;
   };
   using Box = std::deque<std::shared_ptr<Letter>>;

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -85,6 +86,11 @@ class Backend {
   // `members`: ranks of this group, checked to form a partition over the callers.
   [[nodiscard]] virtual std::shared_ptr<Backend> split(const std::string& axis,
                                                        const std::vector<int>& members) = 0;
+  // Runs `launch` under the group's deadline, where the backend has operations that a graph can
+  // hold; `what` names those.
+  virtual void launch(const std::string& what, const std::function<void()>& launch);
+  // Throws what ended the job, where wait() does not wait for results.
+  virtual void check_job() {}
   virtual void abort(const std::string& reason) noexcept = 0;
   [[nodiscard]] virtual bool is_aborted() const = 0;
   // Where tensors may live besides the CPU.

@@ -20,6 +20,12 @@
 //
 // Threads: one thread per rank issues on a communicator; a Work may be waited for by any thread.
 //
+// Graphs: an operation on the accelerator that is issued while it records a graph becomes part of
+// the graph; all ranks of a group record the same ones, and launch() them together. The first
+// operation of a group is never one of a graph. wait() of a recorded operation belongs to the same
+// recording; CPU tensors and barriers are refused in one. Graphs are destroyed before the groups
+// whose operations they hold.
+//
 // Deadline: when an operation lasts longer than the timeout (threads: its wait; gloo: counted from
 // the moment its turn came), wait() throws EnvError naming collective, axis, sequence number and
 // the ranks that are missing, and the job is aborted. In a group of one rank every call is at most
@@ -28,6 +34,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -103,6 +110,14 @@ class Communicator {
   [[nodiscard]] Communicator renamed(std::string axis) const;
   // renamed("control"): flags, counts and barriers that the traffic prediction leaves out.
   [[nodiscard]] Communicator control() const { return renamed("control"); }
+
+  // Calls `launch`, which queues a graph with operations of this rank's communicators on the
+  // current stream. `traffic` is what the ledger took back after they were recorded; it is counted
+  // here. Deadline and failures are those of one operation, from where the stream reaches the graph
+  // to the graph's end. Collective over: this group, which holds all ranks of those operations.
+  void launch(const Ledger::Table& traffic, const std::function<void()>& launch) const;
+  // Throws what ended the job, if that has happened: before results are believed.
+  void check_job() const;
 
   // Deadline of every later wait of this rank, in all communicators of the job.
   void set_timeout(double seconds) const;

@@ -22,9 +22,12 @@ class Ledger {
   using Table = std::map<std::string, Traffic>;  // "dp_shard/all_reduce" -> traffic
 
   void add(const std::string& axis, const std::string& op, int64_t bytes);
+  void add(const Table& more);
   [[nodiscard]] Traffic of(const std::string& axis, const std::string& op) const;
   [[nodiscard]] Traffic total() const;  // without the axis "control"
   [[nodiscard]] Table table() const;
+  // What came since `before`, an earlier table(), is not counted after all: as a table.
+  [[nodiscard]] Table take_back(const Table& before);
   void reset();
 
  private:

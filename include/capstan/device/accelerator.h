@@ -24,6 +24,11 @@ struct Graph {
   void* handle = nullptr;
 };
 
+// Memory that graphs share with each other and with the work before them.
+struct Pool {
+  void* handle = nullptr;
+};
+
 struct DeviceMemory {
   int64_t free_bytes = 0, total_bytes = 0;              // of the device, all processes
   int64_t allocated_bytes = 0, peak_bytes = 0;          // tensors of this process
@@ -56,14 +61,27 @@ class Accelerator {
   virtual void synchronize(Event event) = 0;                  // the host waits
 
   // From begin_capture to end_capture what this thread queues on its current stream, which must not
-  // be the default one, is recorded and not run. Nothing may wait for the device or ask whether it
-  // is done. Tensors from before must stay where they are as long as the graph is launched; memory
-  // that is allocated meanwhile belongs to the graph until it is destroyed. One capture at a time.
-  // The defaults throw InternalError: an accelerator without graphs.
-  virtual void begin_capture();
-  [[nodiscard]] virtual Graph end_capture();
-  virtual void launch(Graph graph);  // on the current stream
+  // be the default one, is recorded and not run. So is what it queues on streams that wait for an
+  // event recorded meanwhile; the current stream must wait for their ends in turn before the
+  // capture ends. Nothing may wait for the device, ask whether it is done, or wait for an event
+  // from before. Tensors from before must stay where they are as long as the graph is launched;
+  // memory that is allocated meanwhile is the pool's and the graph's. One capture at a time. The
+  // defaults throw InternalError: an accelerator without graphs.
+  virtual void begin_capture(Pool pool);
+  [[nodiscard]] virtual Graph end_capture();  // throws when the recording failed
+  [[nodiscard]] virtual bool is_capturing() const { return false; }  // on the current stream
+  virtual void launch(Graph graph);                                  // on the current stream
   virtual void destroy(Graph graph);
+
+  // Between begin_allocating and end_allocating memory for the current stream is taken from the
+  // pool, where what is free again serves later captures on the same stream, and each of those the
+  // next ones. So graphs of one pool are launched in the order of their captures, and nothing is
+  // allocated between begin_allocating and end_allocating while they exist. A pool outlives its
+  // graphs.
+  [[nodiscard]] virtual Pool create_pool();
+  virtual void destroy(Pool pool);
+  virtual void begin_allocating(Pool pool);
+  virtual void end_allocating(Pool pool);
 
   // The tensor's memory is not given out again before work queued on `stream` so far is done.
   virtual void keep_for(const at::Tensor& tensor, Stream stream) = 0;

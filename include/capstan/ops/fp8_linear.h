@@ -55,6 +55,9 @@ class Fp8Linear {
   void add_weight_gradient(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
                            const Projection& projection);
 
+  // Casts of weights are made again: a graph has its own.
+  void forget_weights() { kept_.clear(); }
+
   // Delayed scaling; P rows of (x, dy).
   [[nodiscard]] bool is_delayed() const { return options_.scaling == Fp8Scaling::kDelayed; }
   [[nodiscard]] Tensor step_maxima_P2() const { return maxima_P2_; }  // fp32, since finish_step

@@ -76,6 +76,8 @@ class FlatStore final : public param::ParamStore {
   void close();
   // Starts the gather that the next open would wait for.
   void prefetch();
+  // Waits for a gather under way, as the next open would.
+  void settle() { wait_for_gather(); }
   [[nodiscard]] bool is_whole() const { return full_.defined(); }
 
   // Gradients of one optimizer step: begin_step, then passes of accumulate ... take_gradient, then

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "capstan/comm/nccl.h"
+#include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/queued_streams.h"
-#include "support/fake_nccl.h"
 #include "support/run_ranks.h"
 
 namespace capstan::test {
@@ -22,14 +22,16 @@ std::shared_ptr<FakeNccl> make_nccl(const std::shared_ptr<FakeFabric>& fabric, i
     streams->run(stream, std::move(job));
   };
   options.host_address = [](void* p) { return p ? host_of(p) : p; };
+  options.record = fake::run_in_capture;
   return std::make_shared<FakeNccl>(fabric, rank, std::move(options));
 }
 
 }  // namespace
 
-void run_device_ranks(int n, const std::function<void(comm::Communicator)>& fn, double deadline_s) {
+void run_device_ranks(int n, const std::function<void(comm::Communicator)>& fn, double deadline_s,
+                      std::shared_ptr<FakeFabric> fabric) {
   device::Accelerator& device = install_fake_device();
-  const auto fabric = std::make_shared<FakeFabric>();
+  if (!fabric) fabric = std::make_shared<FakeFabric>();
   std::mutex mutex;
   std::vector<std::shared_ptr<QueuedStreams>> all;  // outlive every communicator
   const auto on_rank = [&](const comm::Communicator& control) {

@@ -5,13 +5,16 @@
 // not wait for it reads too early.
 #pragma once
 #include <functional>
+#include <memory>
 
 #include "capstan/comm/communicator.h"
+#include "support/fake_nccl.h"
 
 namespace capstan::test {
 
-// As run_ranks; installs the fake device. Backward runs on the threads of the ranks.
+// As run_ranks; installs the fake device. Backward runs on the threads of the ranks. `fabric` for
+// faults; null: one of its own.
 void run_device_ranks(int n, const std::function<void(comm::Communicator world)>& fn,
-                      double deadline_s = 60);
+                      double deadline_s = 60, std::shared_ptr<FakeFabric> fabric = nullptr);
 
 }  // namespace capstan::test

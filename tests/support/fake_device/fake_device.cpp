@@ -7,6 +7,8 @@
 #include <c10/core/AutogradState.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <atomic>
+
 #include "capstan/base/error.h"
 #include "support/fake_device/capture.h"
 #include "support/fake_device/fake_generator.h"
@@ -42,21 +44,54 @@ class FakeAccelerator : public device::Accelerator {
   void synchronize(Stream stream) override { synchronize_stream(id(stream)); }
 
   [[nodiscard]] Event create_event() override { return {new EventState}; }
-  void destroy(Event event) override { delete state(event); }
-  void record(Event event, Stream stream) override { fake::record(*state(event), id(stream)); }
-  void wait(Stream stream, Event event) override { fake::wait(id(stream), *state(event)); }
-  [[nodiscard]] bool is_done(Event event) const override { return poll(*state(event)); }
-  void synchronize(Event event) override { fake::synchronize(*state(event)); }
-
-  void begin_capture() override {
-    TORCH_CHECK(fake::current_stream() != 0, "a capture on the default stream");
-    fake::begin_capture();
+  void destroy(Event event) override {
+    forget(event);
+    delete state(event);
   }
-  [[nodiscard]] device::Graph end_capture() override { return {fake::end_capture()}; }
+  void record(Event event, Stream stream) override {
+    if (!record_in_capture(*this, event, stream)) fake::record(*state(event), id(stream));
+  }
+  void wait(Stream stream, Event event) override {
+    if (!wait_in_capture(*this, stream, event)) fake::wait(id(stream), *state(event));
+  }
+  [[nodiscard]] bool is_done(Event event) const override {
+    check_not_captured(event);
+    return poll(*state(event));
+  }
+  void synchronize(Event event) override {
+    check_not_captured(event);
+    fake::synchronize(*state(event));
+  }
+
+  void begin_capture(device::Pool pool) override {
+    TORCH_CHECK(fake::current_stream() != 0, "a capture on the default stream");
+    fake::begin_capture(current_stream(), number(pool));
+    allocate_from(number(pool), fake::current_stream());
+  }
+  [[nodiscard]] bool is_capturing() const override { return fake::is_capturing(); }
+  [[nodiscard]] device::Graph end_capture() override {
+    allocate_from(0, 0);
+    return {fake::end_capture()};
+  }
   void launch(device::Graph graph) override {
     fake::launch(*static_cast<Recording*>(graph.handle));
   }
-  void destroy(device::Graph graph) override { delete static_cast<Recording*>(graph.handle); }
+  void destroy(device::Graph graph) override {
+    fake::destroy(static_cast<Recording*>(graph.handle));
+  }
+
+  [[nodiscard]] device::Pool create_pool() override {
+    static std::atomic<intptr_t> pools = 0;
+    return {reinterpret_cast<void*>(++pools)};
+  }
+  void destroy(device::Pool pool) override {
+    TORCH_CHECK(!has_graphs(number(pool)), "a pool is destroyed before its graphs");
+  }
+  void begin_allocating(device::Pool pool) override {
+    TORCH_CHECK(!has_graphs(number(pool)), "memory of graphs is given out while they exist");
+    allocate_from(number(pool), fake::current_stream());
+  }
+  void end_allocating(device::Pool) override { allocate_from(0, 0); }
 
   void keep_for(const at::Tensor& tensor, Stream stream) override {
     fake::keep_for(tensor.storage().data(), id(stream));
@@ -77,6 +112,10 @@ class FakeAccelerator : public device::Accelerator {
   static int id(Stream stream) {
     TORCH_CHECK(stream.handle, "a stream without handle");
     return static_cast<int>(reinterpret_cast<intptr_t>(stream.handle) - 1);
+  }
+  static int number(device::Pool pool) {
+    TORCH_CHECK(pool.handle, "a pool without handle");
+    return static_cast<int>(reinterpret_cast<intptr_t>(pool.handle));
   }
   static EventState* state(Event event) {
     TORCH_CHECK(event.handle, "an event without handle");

@@ -50,6 +50,7 @@ void note_access(const void* device_pointer, size_t bytes, bool is_write, const 
 // Does nothing outside of a capture.
 void record_for_graph(std::function<void()> op);
 [[nodiscard]] int64_t graph_launches();
+[[nodiscard]] int64_t graph_launches_of_thread();
 // Forward calls of FlashAttention with lengths, so far.
 [[nodiscard]] int64_t calls_with_lengths();
 

@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <thread>
+#include <tuple>
+#include <utility>
 
 #include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
@@ -25,12 +28,20 @@ constexpr char kNaNByte = '\xFF';
 struct Block {
   size_t bytes = 0, asked_bytes = 0;
   int stream = 0;
+  std::thread::id owner;  // who allocated it
   bool is_free = false;
+  int pool = 0;
   bool is_of_graph = false;  // allocated during a capture: stays
   std::vector<int> kept_for;
   std::vector<Access> awaited;  // ops of kept_for streams at the time it was freed
   RegionHistory history;
+
+  [[nodiscard]] bool is_there() const { return !is_free || is_of_graph; }
+  [[nodiscard]] bool is_mine() const { return is_there() && owner == std::this_thread::get_id(); }
 };
+
+// Where this thread allocates from, on which stream.
+thread_local int thread_pool = 0, pool_stream = 0;
 
 char* reserve(int protection) {
   void* const range =
@@ -48,12 +59,15 @@ class Memory {
     TORCH_CHECK_WITH(OutOfMemoryError, allocated_ + bytes <= limit_,
                      "fake device out of memory: tried to allocate ", bytes, " bytes; ", allocated_,
                      " of ", limit_, " bytes are in use");
-    const int stream = current_stream();
-    auto block = is_capturing() ? blocks_.end() : find_free(bytes, stream);
-    if (block == blocks_.end()) block = take_new(bytes, stream);
+    const int stream = current_stream(), pool = stream == pool_stream ? thread_pool : 0;
+    auto block = find_free(bytes, stream, pool);
+    if (block == blocks_.end()) block = take_new(bytes, stream, pool);
     block->second.is_free = false;
-    block->second.is_of_graph = is_capturing();
-    block->second.asked_bytes = asked_bytes;
+    block->second.owner = std::this_thread::get_id();
+    // Tensors of a graph that take turns in a block all write to it in a launch.
+    block->second.asked_bytes =
+        block->second.is_of_graph ? std::max(block->second.asked_bytes, asked_bytes) : asked_bytes;
+    block->second.is_of_graph |= is_capturing();
     block->second.history.restart(bytes, last_op(stream, "allocation"));
     allocated_ += bytes;
     peak_ = std::max(peak_, allocated_);
@@ -65,13 +79,12 @@ class Memory {
     const size_t begin = offset_of(pointer);
     Block& block = blocks_.at(begin);
     check_guard(begin, block);
-    if (block.is_of_graph) return;
     std::memset(host_ + begin, kNaNByte, block.bytes);
     for (const int stream : block.kept_for) block.awaited.push_back(last_op(stream, "keep_for"));
     block.kept_for.clear();
     block.is_free = true;
     allocated_ -= block.bytes;
-    free_.emplace(std::pair(block.stream, block.bytes), begin);
+    free_.emplace(std::tuple(block.pool, block.stream, block.bytes), begin);
   }
 
   // The block around a pointer and the pointer's place in it.
@@ -80,7 +93,7 @@ class Memory {
     auto block = blocks_.upper_bound(place);
     TORCH_CHECK(block != blocks_.begin(), "not memory of the fake device");
     --block;
-    TORCH_CHECK(place < block->first + block->second.bytes && !block->second.is_free,
+    TORCH_CHECK(place < block->first + block->second.bytes && block->second.is_there(),
                 "freed memory of the fake device is used");
     return {&block->second, place - block->first};
   }
@@ -89,7 +102,7 @@ class Memory {
   void check_live(const void* pointer) {
     const size_t place = offset_of(pointer);
     const auto block = std::prev(blocks_.upper_bound(place));
-    TORCH_CHECK(!block->second.is_free, "freed memory of the fake device is used");
+    TORCH_CHECK(block->second.is_there(), "freed memory of the fake device is used");
   }
 
   [[nodiscard]] bool contains(const void* pointer) const {
@@ -102,11 +115,33 @@ class Memory {
   [[nodiscard]] void* host_of(const void* pointer) const { return host_ + offset_of(pointer); }
   void set_limit(int64_t bytes) { limit_ = std::min(static_cast<size_t>(bytes), kRangeBytes); }
   void reset_peak() { peak_ = allocated_; }
-  [[nodiscard]] std::vector<char> snapshot() const { return {host_, host_ + used_}; }
-  void restore(const std::vector<char>& bytes) {
-    std::memcpy(host_, bytes.data(), bytes.size());
-    std::memset(host_ + bytes.size(), kNaNByte, used_ - bytes.size());
+  [[nodiscard]] Snapshot snapshot() const {
+    Snapshot saved;
+    for (const auto& [begin, block] : blocks_)
+      if (block.is_mine())
+        saved.emplace(begin, std::vector<char>(host_ + begin, host_ + begin + block.bytes));
+    return saved;
   }
+  void restore(const Snapshot& saved) {
+    for (const auto& [begin, block] : blocks_) {
+      if (!block.is_mine()) continue;
+      const auto found = saved.find(begin);
+      if (found == saved.end())
+        std::memset(host_ + begin, kNaNByte, block.bytes);
+      else
+        std::memcpy(host_ + begin, found->second.data(), block.bytes);
+    }
+  }
+
+  void add_graph(int pool) { ++graphs_[pool]; }
+  void remove_graph(int pool) {
+    if (--graphs_[pool] > 0) return;
+    for (auto& [begin, block] : blocks_) {
+      if (block.pool != pool || !std::exchange(block.is_of_graph, false)) continue;
+      if (block.is_free) std::memset(host_ + begin, kNaNByte, block.bytes);
+    }
+  }
+  [[nodiscard]] bool has_graphs(int pool) { return graphs_[pool] > 0; }
 
   [[nodiscard]] device::DeviceMemory stats() const {
     const auto i = [](size_t bytes) { return static_cast<int64_t>(bytes); };
@@ -114,15 +149,15 @@ class Memory {
             .total_bytes = i(limit_),
             .allocated_bytes = i(allocated_),
             .peak_bytes = i(peak_),
-            .reserved_bytes = i(used_),
-            .peak_reserved_bytes = i(used_)};
+            .reserved_bytes = i(reserved_),
+            .peak_reserved_bytes = i(reserved_)};
   }
 
  private:
   using Blocks = std::map<size_t, Block>;
 
-  Blocks::iterator find_free(size_t bytes, int stream) {
-    const auto [first, last] = free_.equal_range({stream, bytes});
+  Blocks::iterator find_free(size_t bytes, int stream, int pool) {
+    const auto [first, last] = free_.equal_range({pool, stream, bytes});
     for (auto f = last; f != first;) {  // the one freed last
       const auto block = blocks_.find((--f)->second);
       auto& awaited = block->second.awaited;
@@ -147,20 +182,23 @@ class Memory {
     std::abort();
   }
 
-  Blocks::iterator take_new(size_t bytes, int stream) {
+  Blocks::iterator take_new(size_t bytes, int stream, int pool) {
     TORCH_CHECK_WITH(OutOfMemoryError, used_ + bytes + kGuardBytes <= kRangeBytes,
                      "the fake device's address range is used up");
-    const auto block = blocks_.emplace(used_, Block{.bytes = bytes, .stream = stream}).first;
+    const Block made{.bytes = bytes, .stream = stream, .pool = pool};
+    const auto block = blocks_.emplace(used_, made).first;
     std::memset(host_ + used_, kNaNByte, bytes + kGuardBytes);
     used_ += bytes + kGuardBytes;
+    if (pool != kScratch) reserved_ += bytes + kGuardBytes;
     return block;
   }
 
   char* const device_ = reserve(PROT_NONE);
   char* const host_ = reserve(PROT_READ | PROT_WRITE);
-  size_t used_ = 0, allocated_ = 0, peak_ = 0, limit_ = kRangeBytes;
+  size_t used_ = 0, reserved_ = 0, allocated_ = 0, peak_ = 0, limit_ = kRangeBytes;
   Blocks blocks_;
-  std::multimap<std::pair<int, size_t>, size_t> free_;  // (stream, bytes) -> offset
+  std::multimap<std::tuple<int, int, size_t>, size_t> free_;  // pool, stream, bytes -> offset
+  std::map<int, int> graphs_;                                 // of a pool
 };
 
 Memory& memory() {
@@ -266,19 +304,39 @@ void keep_for(const void* pointer, int stream) {
   memory().find(pointer).first->kept_for.push_back(stream);
 }
 
+void allocate_from(int pool, int stream) {
+  thread_pool = pool;
+  pool_stream = stream;
+}
+
+void add_graph(int pool) {
+  std::lock_guard lock(state_mutex());
+  memory().add_graph(pool);
+}
+
+void remove_graph(int pool) {
+  std::lock_guard lock(state_mutex());
+  memory().remove_graph(pool);
+}
+
+bool has_graphs(int pool) {
+  std::lock_guard lock(state_mutex());
+  return memory().has_graphs(pool);
+}
+
 device::DeviceMemory memory_stats() {
   std::lock_guard lock(state_mutex());
   return memory().stats();
 }
 
-std::vector<char> snapshot() {
+Snapshot snapshot() {
   std::lock_guard lock(state_mutex());
   return memory().snapshot();
 }
 
-void restore(const std::vector<char>& bytes) {
+void restore(const Snapshot& blocks) {
   std::lock_guard lock(state_mutex());
-  memory().restore(bytes);
+  memory().restore(blocks);
 }
 
 void reset_peak() {

@@ -6,6 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 
+#include <map>
+#include <vector>
+
 #include "capstan/device/accelerator.h"
 #include "support/fake_device/timeline.h"
 
@@ -27,10 +30,22 @@ void note(const void* pointer, size_t bytes, bool is_write, const Access& now);
 // The block is not given out again before what is queued on `stream` when it is freed is done.
 void keep_for(const void* pointer, int stream);
 
+// What ops need that a launch runs again; their results lie elsewhere. No device would reserve it.
+inline constexpr int kScratch = -1;
+// Memory that this thread allocates on `stream` is the pool's from here on; 0: nobody's again. What
+// is allocated in a capture stays for its graph until all graphs of the pool are gone, whoever has
+// freed it and taken it again meanwhile.
+void allocate_from(int pool, int stream);
+void add_graph(int pool);
+void remove_graph(int pool);
+[[nodiscard]] bool has_graphs(int pool);
+
 device::DeviceMemory memory_stats();
 void reset_peak();
-// All bytes that were ever given out, and the way back to them.
-[[nodiscard]] std::vector<char> snapshot();
-void restore(const std::vector<char>& bytes);
+// The memory that this thread allocated, and the way back to it: what was allocated since becomes
+// NaN.
+using Snapshot = std::map<size_t, std::vector<char>>;  // by the block's place
+[[nodiscard]] Snapshot snapshot();
+void restore(const Snapshot& blocks);
 
 }  // namespace capstan::test::fake

@@ -8,6 +8,8 @@
 #include <deque>
 #include <thread>
 
+#include "support/fake_device/capture.h"
+
 namespace capstan::test {
 
 class QueuedStreams::Queue {
@@ -110,6 +112,7 @@ void QueuedStreams::destroy(device::Event event) {
 }
 
 void QueuedStreams::record(device::Event event, device::Stream stream) {
+  if (fake::record_in_capture(*this, event, stream)) return;
   device_.record(event, stream);
   const auto queue = queue_of(stream);
   const Mark mark{queue, queue ? queue->pushed() : 0};
@@ -118,6 +121,7 @@ void QueuedStreams::record(device::Event event, device::Stream stream) {
 }
 
 void QueuedStreams::wait(device::Stream stream, device::Event event) {
+  if (fake::wait_in_capture(*this, stream, event)) return;
   device_.wait(stream, event);
   const Mark mark = mark_of(event);
   if (mark.queue) run(stream, [mark] { mark.queue->wait_for(mark.jobs); });

@@ -34,6 +34,7 @@ class QueuedStreams final : public device::Accelerator {
   void wait(device::Stream stream, device::Event event) override;
   [[nodiscard]] bool is_done(device::Event event) const override;
   void synchronize(device::Event event) override;
+  [[nodiscard]] bool is_capturing() const override { return device_.is_capturing(); }
   void keep_for(const at::Tensor& tensor, device::Stream stream) override {
     device_.keep_for(tensor, stream);
   }
