@@ -174,4 +174,11 @@ device::DeviceMemory CudaAccelerator::memory() const {
 
 void CudaAccelerator::reset_peak() { c10::cuda::CUDACachingAllocator::resetPeakStats(index_); }
 
+bool CudaAccelerator::has_grouped_products(at::ScalarType type) const {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_),
+        "cudaDeviceGetAttribute");
+  return type == at::kBFloat16 && major == 9;
+}
+
 }  // namespace capstan::cuda

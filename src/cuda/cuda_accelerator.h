@@ -45,6 +45,7 @@ class CudaAccelerator final : public device::Accelerator {
   [[nodiscard]] at::Tensor empty_pinned(at::IntArrayRef sizes, at::ScalarType dtype) override;
   [[nodiscard]] device::DeviceMemory memory() const override;
   void reset_peak() override;
+  [[nodiscard]] bool has_grouped_products(at::ScalarType type) const override;
 
  private:
   c10::DeviceIndex index_ = 0;

@@ -7,7 +7,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+
 #include "capstan/base/check.h"
+#include "capstan/ops/grouped_choice.h"
 #include "capstan/ops/grouped_linear.h"
 #include "capstan/ops/permute.h"
 #include "capstan/ops/swiglu.h"
@@ -126,11 +129,28 @@ void ExpertPass::report_routing(const ops::Routing& routing, const ops::RouterSp
   if (shape().z_loss > 0) report("router_z_loss", values.z / context.loss_scale);
 }
 
+bool has_type(const std::vector<Projection>& projections, at::ScalarType type) {
+  return std::all_of(projections.begin(), projections.end(), [&](const Projection& p) {
+    return std::all_of(p.parts.begin(), p.parts.end(), [&](const ops::Param& part) {
+      return !part.spec().wide && part.compute_dtype() == type;
+    });
+  });
+}
+
+bool in_one_product(const ExpertInput& input, const Tensor& x_ND) {
+  const plan::ExpertShape& e = input.shape;
+  ops::GroupedCase c = ops::grouped_case(x_ND.device(), x_ND.scalar_type(), e.count);
+  c.same_type = has_type(input.gate_up, c.dtype) && has_type(input.down, c.dtype);
+  c.groups = static_cast<int64_t>(input.gate_up.size());
+  c.hidden = x_ND.size(1);
+  c.features = e.intermediate_size;
+  return ops::choose_grouped(c).form == ops::GroupedForm::kGrouped;
+}
+
 // The MLP of every expert held here, on rows in expert order.
-Tensor expert_mlp(const ExpertInput& input, const Tensor& rows_RD,
-                  const std::vector<int64_t>& counts) {
-  const Tensor gate_up_RF = ops::grouped_linear(rows_RD, input.gate_up, counts);
-  return ops::grouped_linear(ops::swiglu(gate_up_RF), input.down, counts);
+Tensor expert_mlp(const ExpertInput& input, const Tensor& rows_RD, const ops::RowGroups& groups) {
+  const Tensor gate_up_RF = ops::grouped_linear(rows_RD, input.gate_up, groups);
+  return ops::grouped_linear(ops::swiglu(gate_up_RF), input.down, groups);
 }
 
 }  // namespace
@@ -171,13 +191,17 @@ Tensor run_experts(const Context& context, int layer, const Tensor& x_ND, const 
     if (pass.reports()) pass.report_routing(routing, spec, loss, keep_Nk);
   }
   const Tensor weights_Nk = ops::router_weights(x_ND, input.router, routing, spec, loss);
-  const ops::ExpertOrder order =
-      ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count);
+  const bool is_grouped = in_one_product(input, x_ND);
+  const ops::ExpertOrder order = ops::order_by_expert(
+      routing.experts_Nk, keep_Nk, input.shape.count, /*on_device=*/is_grouped && !cut.exchange);
   const Tensor rows_RD = ops::permute_tokens(x_ND, order);
   if (!cut.exchange)
-    return ops::combine_rows(expert_mlp(input, rows_RD, order.counts_E), weights_Nk, order);
+    return ops::combine_rows(expert_mlp(input, rows_RD, {order.counts_E, order.ends_E}), weights_Nk,
+                             order);
   const ExpertCut::Exchange exchange = cut.exchange(order.counts_E);
-  const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), exchange.counts));
+  const ops::RowGroups groups = is_grouped ? ops::with_ends(exchange.counts, x_ND.device())
+                                           : ops::RowGroups{exchange.counts, {}};
+  const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), groups));
   return ops::combine_rows(y_RD, weights_Nk, order);
 }
 

@@ -20,11 +20,6 @@ AttentionForm choose_on_cpu(const AttentionCase& c) {
   return is_plain_causal ? AttentionForm::kLibTorch : AttentionForm::kReference;
 }
 
-std::string_view name_of_type(at::ScalarType type) {
-  const auto ours = on_device::dtype_of(type);
-  return ours ? capstan::name_of(*ours) : c10::toString(type);
-}
-
 AttentionChoice reference(std::string reason, std::string fix) {
   return {AttentionForm::kReference, std::move(reason), std::move(fix)};
 }
@@ -69,9 +64,9 @@ AttentionChoice choose_attention(const AttentionCase& c) {
   if (c.on_cpu) return {choose_on_cpu(c), "", ""};
   if (!c.has_flash) return reference("LibTorch has no FlashAttention for this device", "");
   if (c.dtype != at::kBFloat16 && c.dtype != at::kHalf)
-    return reference(
-        fmt::format("FlashAttention computes in bf16 and fp16, not in {}", name_of_type(c.dtype)),
-        "Set precision.compute: bf16");
+    return reference(fmt::format("FlashAttention computes in bf16 and fp16, not in {}",
+                                 on_device::name_of_type(c.dtype)),
+                     "Set precision.compute: bf16");
   if (c.head_size % kFlashHeadStep != 0 || c.head_size > kFlashHeadSize)
     return reference(
         fmt::format("heads of {} numbers, FlashAttention takes multiples of {} up to {}",

@@ -94,7 +94,8 @@ Tensor logit_gradient(const Tensor& grad_in, const Tensor& logits_NE, const Tens
   return grad_NE;
 }
 
-ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts) {
+ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts,
+                            bool keeps_counts) {
   const Tensor experts_Nk = experts_in.contiguous();
   const Tensor keep_Nk = keep_in.defined() ? keep_in.contiguous() : keep_in;
   const int64_t slots = experts_Nk.numel();
@@ -103,7 +104,8 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
       static_cast<int64_t>(device_kernels()->expert_order_workspace_bytes(slots, experts));
   const Tensor workspace = at::empty({bytes}, longs.dtype(at::kByte));
   const Tensor counts_E = at::empty({experts}, longs), slot = at::empty({slots}, longs);
-  ExpertOrder order{.slot_R = {}, .place_Nk = at::empty_like(experts_Nk), .counts_E = {}};
+  ExpertOrder order{
+      .slot_R = slot, .place_Nk = at::empty_like(experts_Nk), .counts_E = {}, .ends_E = {}};
   device_kernels()->expert_order({.slots = slots,
                                   .experts = experts,
                                   .chosen = experts_Nk.const_data_ptr<int64_t>(),
@@ -113,6 +115,10 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
                                   .counts = counts_E.mutable_data_ptr<int64_t>(),
                                   .workspace = static_cast<int*>(workspace.mutable_data_ptr())},
                                  stream());
+  if (keeps_counts) {
+    order.ends_E = counts_E.cumsum(0, at::kInt);
+    return order;
+  }
   order.counts_E = on_host(counts_E);
   int64_t rows = 0;
   for (const int64_t count : order.counts_E) rows += count;

@@ -20,9 +20,9 @@ void fill_routing(Routing& routing, const Tensor& bias_E, const RouterSpec& spec
                                     const Tensor& experts_Nk, const RouterSpec& spec,
                                     const RouterLoss& loss);
 
-// The host waits once: for the counts.
+// The host waits once, for the counts, unless they stay on the device.
 [[nodiscard]] ExpertOrder order_by_expert(const Tensor& experts_Nk, const Tensor& keep_Nk,
-                                          int64_t experts);
+                                          int64_t experts, bool keeps_counts);
 [[nodiscard]] Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order);
 // weights_Nk undefined: ones.
 [[nodiscard]] Tensor sum_of_rows(const Tensor& rows_RD, const Tensor& weights_Nk,

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "capstan/base/dtype.h"
 #include "capstan/device/accelerator.h"
@@ -27,6 +28,11 @@ namespace capstan::ops::on_device {
 }
 [[nodiscard]] inline std::optional<DType> dtype_of(const at::Tensor& x) {
   return dtype_of(x.scalar_type());
+}
+
+[[nodiscard]] inline std::string_view name_of_type(at::ScalarType type) {
+  const auto ours = dtype_of(type);
+  return ours ? name_of(*ours) : c10::toString(type);
 }
 
 [[nodiscard]] inline kernels::Stream stream() {

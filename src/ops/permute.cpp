@@ -136,6 +136,12 @@ Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tens
   return {drows_RD, dweights_Nk};
 }
 
+// Forms other than the kernels' read the slots of all rows.
+void check_form(const ExpertOrder& order, Path form) {
+  CAPSTAN_CHECK(form == Path::kDevice || !order.ends_E.defined(),
+                "an order whose rows only the device knows, for rows that our kernels do not move");
+}
+
 // Choices are integers, so path_of() does not know them.
 bool has_kernel(const Tensor& experts_Nk, int64_t experts) {
   return !experts_Nk.is_cpu() && path() != Path::kReference && device_kernels() != nullptr &&
@@ -144,9 +150,11 @@ bool has_kernel(const Tensor& experts_Nk, int64_t experts) {
 
 }  // namespace
 
-ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts) {
+ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int64_t experts,
+                            bool on_device) {
   if (has_kernel(experts_in, experts))
-    return on_device::order_by_expert(experts_in, keep_in, experts);
+    return on_device::order_by_expert(experts_in, keep_in, experts, on_device);
+  CAPSTAN_CHECK(!on_device, "no kernel orders choices among {} experts", experts);
   const Tensor experts_Nk = experts_in.cpu().contiguous();
   const Tensor keep_Nk = keep_in.defined() ? keep_in.cpu().contiguous() : keep_in;
   const auto* const chosen = experts_Nk.const_data_ptr<int64_t>();
@@ -182,6 +190,7 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
 Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
   const Path form = path_of(x_ND);
   const int64_t k = order.place_Nk.size(1);
+  check_form(order, form);
   CAPSTAN_CHECK(x_ND.dim() == 2 && x_ND.size(0) == order.place_Nk.size(0),
                 "permute: {} tokens for an order of {}", x_ND.size(0), order.place_Nk.size(0));
   Tensor rows_RD;
@@ -203,6 +212,7 @@ Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
 
 Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOrder& order) {
   const Path form = path_of(y_RD);
+  check_form(order, form);
   CAPSTAN_CHECK(y_RD.dim() == 2 && y_RD.size(0) == order.slot_R.numel() &&
                     weights_in.sizes() == order.place_Nk.sizes(),
                 "combine: {} rows for an order of {}", y_RD.size(0), order.slot_R.numel());

@@ -89,6 +89,10 @@ class Accelerator {
   [[nodiscard]] virtual at::Tensor empty_pinned(at::IntArrayRef sizes, at::ScalarType dtype) = 0;
   [[nodiscard]] virtual DeviceMemory memory() const = 0;
   virtual void reset_peak() = 0;
+
+  // Whether at::_grouped_mm multiplies groups of rows in this type without the host learning how
+  // many rows there are. What it does else makes the host wait.
+  [[nodiscard]] virtual bool has_grouped_products(at::ScalarType) const { return false; }
 };
 
 // Null on the CPU. Set once, before the first use of the device; it must outlive its users.

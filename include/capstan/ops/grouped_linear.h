@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // Consecutive runs of rows, each multiplied with a weight of its own. Legend: R rows, D input
-// features, O output features.
+// features, O output features, G groups.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -11,9 +11,21 @@
 
 namespace capstan::ops {
 
-// x [R, D] -> [R, O]; the first rows[0] rows by projections[0], and so on. No biases. Every weight
-// gets its gradient in every backward, also from no rows, so that ranks agree on the passes.
+// The first counts[0] rows are those of weight 0, and so on.
+struct RowGroups {
+  std::vector<int64_t> counts;  // [G], their sum is R; empty where only the device knows them
+  // int32 [G] on the rows' device: the row behind each run. Where it is defined one product takes
+  // all groups (choose_grouped() has to allow it) and nothing waits; else there is one for each.
+  Tensor ends;
+};
+// The ends of counts that the host knows, queued to the device.
+[[nodiscard]] RowGroups with_ends(std::vector<int64_t> counts, c10::Device device);
+
+// x [R, D] -> [R, O]. No biases. Every weight gets its gradient in every backward, also from no
+// rows, so that ranks agree on the passes. Rows behind the last end are not read, and hold anything
+// in the result and in the gradient of x. One product for all rounds the gradient of a weight to
+// the type of x before it is added to the buffer.
 [[nodiscard]] Tensor grouped_linear(const Tensor& x_RD, std::span<const Projection> projections,
-                                    const std::vector<int64_t>& rows);
+                                    const RowGroups& groups);
 
 }  // namespace capstan::ops

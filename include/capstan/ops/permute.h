@@ -10,21 +10,26 @@
 
 namespace capstan::ops {
 
-// Kept choices sorted by expert, within an expert by token.
+// Kept choices sorted by expert, within an expert by token. Where the host does not know how many
+// were kept, R is all N k: rows behind the last end are nobody's, and hold anything.
 struct ExpertOrder {
-  Tensor slot_R;    // int64, token x k + choice
-  Tensor place_Nk;  // int64, row of each choice; -1 where it was dropped
-  std::vector<int64_t> counts_E;
+  Tensor slot_R;                  // int64, token x k + choice
+  Tensor place_Nk;                // int64, row of each choice; -1 where it was dropped
+  std::vector<int64_t> counts_E;  // rows of each expert; empty where the host does not know them
+  Tensor ends_E;  // int32, the row behind each expert's last; undefined where it does
 };
-// keep_Nk: bool, undefined = all.
+// keep_Nk: bool, undefined = all. on_device: counts stay there, and the host does not wait for
+// them; only where grouped_case() has an order.
 [[nodiscard]] ExpertOrder order_by_expert(const Tensor& experts_Nk, const Tensor& keep_Nk,
-                                          int64_t experts);
+                                          int64_t experts, bool on_device = false);
 
-// [N, D] -> [R, D]. The gradient of a token is summed in the order of its choices.
+// [N, D] -> [R, D]; nobody's rows are not written. The gradient of a token is summed in the order
+// of its choices.
 [[nodiscard]] Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order);
 
 // [R, D], weights [N, k] -> [N, D]: sum over the choices, in their order, of weight x row, in at
-// least fp32; 0 for a token without any. Differentiable in both.
+// least fp32; 0 for a token without any. Differentiable in both; nobody's rows are neither read nor
+// given a gradient.
 [[nodiscard]] Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_Nk,
                                   const ExpertOrder& order);
 

@@ -103,6 +103,10 @@ class FakeAccelerator : public device::Accelerator {
   }
   [[nodiscard]] device::DeviceMemory memory() const override { return memory_stats(); }
   void reset_peak() override { fake::reset_peak(); }
+  // GPUs have no fp64: proofs take it.
+  [[nodiscard]] bool has_grouped_products(at::ScalarType type) const override {
+    return type == at::kBFloat16 || type == at::kDouble;
+  }
 
  private:
   // The handle of the default stream is not null, so that a forgotten one shows.

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <map>
@@ -21,6 +22,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 std::atomic<int64_t> calls = 0;  // of FlashAttention with lengths
+std::atomic<int64_t> grouped_calls = 0;
 
 bool is_narrow(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
@@ -240,6 +242,65 @@ Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, co
   return {dq, dk, dv};
 }
 
+// Grouped products: rows of the first factor by a weight for each group, or the weights' gradients.
+
+// Strides that TMA takes: one side lies together, the other is whole 16 bytes apart.
+void check_grouped_factor(const Tensor& x) {
+  const int64_t step = 16 / static_cast<int64_t>(x.element_size());
+  const int64_t rows = x.size(-2), columns = x.size(-1);
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+              "_grouped_mm: data is not aligned to 16 bytes");
+  const bool by_columns = x.stride(-2) == 1 && x.stride(-1) >= std::max<int64_t>(1, rows);
+  const bool by_rows = x.stride(-1) == 1 && x.stride(-2) >= std::max<int64_t>(1, columns);
+  TORCH_CHECK(by_columns || by_rows, "_grouped_mm: strides of ", x.strides());
+  TORCH_CHECK(x.stride(by_columns ? -1 : -2) % step == 0,
+              "_grouped_mm: strides should be multiples of 16 bytes, are ", x.strides());
+}
+
+void check_grouped(const Tensor& a, const Tensor& b, const Tensor& ends) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() &&
+                  (a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kDouble),
+              "_grouped_mm: the host would wait for ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK(a.dim() == 2 && (b.dim() == 2 || b.dim() == 3), "_grouped_mm: not imitated");
+  check_grouped_factor(a);
+  check_grouped_factor(b);
+  TORCH_CHECK(ends.dim() == 1 && ends.scalar_type() == at::kInt && ends.is_contiguous() &&
+                  ends.numel() < 1024,
+              "_grouped_mm: offsets of ", ends.sizes(), " of ", ends.scalar_type());
+  if (b.dim() == 3) {
+    TORCH_CHECK(a.size(1) == b.size(1) && a.stride(1) == 1 && ends.numel() == b.size(0) &&
+                    b.stride(0) * static_cast<int64_t>(b.element_size()) % 16 == 0,
+                "_grouped_mm: ", a.sizes(), " and ", b.sizes());
+  } else {  // groups without rows stop the kernel in every other layout
+    TORCH_CHECK(a.size(1) == b.size(0) && a.stride(0) == 1 && b.stride(1) == 1,
+                "_grouped_mm: ", a.sizes(), " and ", b.sizes());
+  }
+}
+
+// What no group covers stays unwritten.
+Tensor grouped_mm(const Tensor& a, const Tensor& b, const MaybeTensor& ends,
+                  const MaybeTensor& bias, std::optional<at::ScalarType> type) {
+  TORCH_CHECK(ends && !bias && (!type || type == a.scalar_type()), "_grouped_mm: not imitated");
+  check_grouped(a, b, *ends);
+  const bool by_weights = b.dim() == 3;
+  const auto wide = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor out = at::full(by_weights ? at::IntArrayRef({a.size(0), b.size(2)})
+                                         : at::IntArrayRef({ends->numel(), a.size(0), b.size(1)}),
+                              std::numeric_limits<double>::quiet_NaN(), a.options());
+  int64_t first = 0;
+  for (int64_t g = 0; g < ends->numel(); ++g) {
+    const int64_t count = ends->const_data_ptr<int32_t>()[g] - first;
+    TORCH_CHECK(count >= 0 && first + count <= (by_weights ? a.size(0) : b.size(0)),
+                "_grouped_mm: a group of ", count, " rows from ", first);
+    const Tensor of_a = a.narrow(by_weights ? 0 : 1, first, count).to(wide);
+    const Tensor of_b = (by_weights ? b[g] : b.narrow(0, first, count)).to(wide);
+    (by_weights ? out.narrow(0, first, count) : out[g]).copy_(at::mm(of_a, of_b));
+    first += count;
+  }
+  ++grouped_calls;
+  return out;
+}
+
 template <class Fn>
 c10::KernelFunction kernel(Fn) {
   return c10::KernelFunction::makeFromUnboxedFunction(Fn());
@@ -251,6 +312,7 @@ const c10::KernelFunction* gpu_op(const c10::OperatorName& name) {
   static const auto* const kernels = new std::map<std::string, c10::KernelFunction>{
       {"aten::mm.dtype_out", kernel(TORCH_FN(mm_wide))},
       {"aten::addmm.dtype_out", kernel(TORCH_FN(addmm_wide))},
+      {"aten::_grouped_mm", kernel(TORCH_FN(grouped_mm))},
       {"aten::_flash_attention_forward", kernel(TORCH_FN(flash_forward))},
       {"aten::_flash_attention_backward", kernel(TORCH_FN(flash_backward))}};
   const auto found = kernels->find(toString(name));
@@ -260,5 +322,6 @@ const c10::KernelFunction* gpu_op(const c10::OperatorName& name) {
 }  // namespace fake
 
 int64_t calls_with_lengths() { return fake::calls; }
+int64_t grouped_products() { return fake::grouped_calls; }
 
 }  // namespace capstan::test

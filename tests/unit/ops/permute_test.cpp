@@ -135,7 +135,7 @@ TEST(GroupedLinear, EqualsOneLinearPerGroup) {
     const auto list = projections_of(grouped), alone = projections_of(single);
     const std::vector<int64_t> rows{4, 0, 3};
     const Tensor x = leaf(normal({7, 5}, 1)), w = normal({7, 8}, 2);
-    const Tensor y = grouped_linear(x, list, rows);
+    const Tensor y = grouped_linear(x, list, {rows, {}});
     run_backward(y, w);
     grouped.run_deferred();
     const Tensor x0 = leaf(x.narrow(0, 0, 4)), x2 = leaf(x.narrow(0, 4, 3));
@@ -158,7 +158,7 @@ TEST(GroupedLinear, NoRowsAtAllStillReachEveryWeight) {
                      {.values = dtype, .gradients = dtype == at::kDouble ? dtype : at::kFloat});
     const auto list = projections_of(store);
     const Tensor x = leaf(at::empty({0, 5}, dtype));
-    const Tensor y = grouped_linear(x, list, {0, 0, 0});
+    const Tensor y = grouped_linear(x, list, {{0, 0, 0}, {}});
     EXPECT_EQ(y.sizes(), (std::vector<int64_t>{0, 8}));
     run_backward(y, at::empty({0, 8}, dtype));
     for (const auto& spec : store.table()) {
@@ -171,8 +171,8 @@ TEST(GroupedLinear, NoRowsAtAllStillReachEveryWeight) {
 TEST(GroupedLinear, GroupsMustMatch) {
   PlainStore store(expert_table(), {});
   const auto list = projections_of(store);
-  EXPECT_THROW((void)grouped_linear(normal({7, 5}, 1), list, {4, 0, 2}), InternalError);
-  EXPECT_THROW((void)grouped_linear(normal({7, 5}, 1), list, {4, 3}), InternalError);
+  EXPECT_THROW((void)grouped_linear(normal({7, 5}, 1), list, {{4, 0, 2}, {}}), InternalError);
+  EXPECT_THROW((void)grouped_linear(normal({7, 5}, 1), list, {{4, 3}, {}}), InternalError);
 }
 
 }  // namespace

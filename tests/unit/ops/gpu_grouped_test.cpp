@@ -1,0 +1,161 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Groups of rows whose sizes only the device knows, in one product, against a product for each on
+// the CPU. Legend: R rows, D input features, O output features.
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <numeric>
+
+#include "capstan/device/accelerator.h"
+#include "capstan/ops/grouped_choice.h"
+#include "capstan/ops/grouped_linear.h"
+#include "unit/ops/one_param.h"
+
+namespace capstan::ops {
+namespace {
+
+using testing::normal;
+using testing::PlainStore;
+
+// A flat store of [gate, up, down] of each expert, on the device: weights lie equally far apart.
+class DeviceStore final : public param::ParamStore {
+ public:
+  struct Shape {
+    int64_t groups, features, hidden;
+  };
+  DeviceStore(Shape shape, at::ScalarType type, c10::Device device)
+      : type_(type), device_(device), anchor_(at::empty({0}).requires_grad_(true)) {
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const auto number = std::to_string(g);
+      table_.push_back(param_spec("up" + number, {shape.features, shape.hidden}));
+      table_.push_back(param_spec("down" + number, {shape.hidden, shape.features}));
+    }
+    const int64_t size = shape.features * shape.hidden, all = 2 * shape.groups * size;
+    values_ = normal({all}, 5, type).to(device);
+    gradients_ = at::full({all}, kNan, at::TensorOptions(gradient_type()).device(device));
+    for (const auto& spec : table_) {
+      const int64_t first = static_cast<int64_t>(slots_.size()) * size;
+      shapes_.push_back(spec.shape);
+      slots_.push_back({gradients_.narrow(0, first, size).view(spec.shape), true});
+    }
+  }
+  [[nodiscard]] std::vector<Projection> projections(size_t first) {
+    std::vector<Projection> list;
+    for (size_t i = first; i < table_.size(); i += 2)
+      list.push_back({{Param(this, static_cast<int>(i))}, {}});
+    return list;
+  }
+  [[nodiscard]] Tensor gradient(int index) const { return slots_.at(index).buffer; }
+  [[nodiscard]] bool is_written(int index) const { return !slots_.at(index).overwrite; }
+  // Values that do not lie side by side.
+  void scatter() { scattered_ = true; }
+
+  [[nodiscard]] const plan::ParamSpec& spec(int index) const override { return table_.at(index); }
+  [[nodiscard]] const plan::LocalParam& local(int) const override { return local_; }
+  [[nodiscard]] bool trainable(int) const override { return true; }
+  [[nodiscard]] Tensor value(int index) const override {
+    const auto& shape = shapes_.at(index);
+    const int64_t size = shape[0] * shape[1];
+    const Tensor view = values_.narrow(0, index * size, size).view(shape);
+    return scattered_ ? view.clone() : view;
+  }
+  [[nodiscard]] at::ScalarType compute_dtype() const override { return type_; }
+  [[nodiscard]] uint64_t version(int) const override { return 0; }
+  void accumulate(int index, const param::AddGradient& add, param::When) override {
+    add(slots_.at(index));
+  }
+  [[nodiscard]] Tensor anchor(int) const override { return anchor_; }
+  [[nodiscard]] Tensor joined_value(std::span<const int> indices) const override {
+    return value(indices.front());
+  }
+  void accumulate_joined(std::span<const int> indices, const param::AddGradient& add,
+                         param::When when) override {
+    accumulate(indices.front(), add, when);
+  }
+
+ private:
+  static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  [[nodiscard]] at::ScalarType gradient_type() const {
+    return type_ == at::kDouble ? at::kDouble : at::kFloat;
+  }
+  at::ScalarType type_;
+  c10::Device device_;
+  Tensor anchor_, values_, gradients_;
+  std::vector<plan::ParamSpec> table_;
+  std::vector<plan::Shape> shapes_;
+  std::vector<param::GradSlot> slots_;
+  plan::LocalParam local_;
+  bool scattered_ = false;
+};
+
+struct Results {
+  Tensor y_RO, dx_RD, dw;
+};
+
+// Forward and two backwards on rows of which only the first ones belong to groups.
+Results run(DeviceStore& store, const Tensor& x_RD, const Tensor& grad_RO, const RowGroups& groups,
+            size_t first) {
+  const auto list = store.projections(first);
+  Results r;
+  for (int pass = 0; pass < 2; ++pass) {
+    const Tensor x = leaf(x_RD), y = grouped_linear(x, list, groups);
+    run_backward(y, grad_RO);
+    r = {y.detach(), x.grad(), {}};
+  }
+  Tensors gradients;
+  for (size_t g = 0; g < list.size(); ++g) {
+    EXPECT_TRUE(store.is_written(list[g].parts.front().index()));
+    gradients.push_back(store.gradient(list[g].parts.front().index()));
+  }
+  r.dw = at::stack(gradients);
+  return r;
+}
+
+std::vector<at::ScalarType> types() {
+  std::vector<at::ScalarType> list;
+  for (const auto type : {at::kBFloat16, at::kDouble})
+    if (device::accelerator()->has_grouped_products(type)) list.push_back(type);
+  return list;
+}
+
+// Rows behind the last group hold NaN: nobody may read them.
+void expect_as_in_turn(const std::vector<int64_t>& counts, int64_t nobodys, at::ScalarType type,
+                       size_t first, bool scattered) {
+  const DeviceStore::Shape shape{static_cast<int64_t>(counts.size()), 24, 16};
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t in = first == 0 ? shape.hidden : shape.features;
+  const int64_t out = first == 0 ? shape.features : shape.hidden;
+  const Tensor x = normal({rows + nobodys, in}, 1, type),
+               grad = normal({rows + nobodys, out}, 2, type);
+  for (const Tensor& all : {x, grad})
+    all.narrow(0, rows, nobodys).fill_(std::numeric_limits<double>::quiet_NaN());
+  DeviceStore plain(shape, type, at::kCPU), store(shape, type, device::run_device());
+  if (scattered) store.scatter();
+  const Results want =
+      run(plain, x.narrow(0, 0, rows), grad.narrow(0, 0, rows), {counts, {}}, first);
+  RowGroups groups = with_ends(counts, device::run_device());
+  if (nobodys > 0) groups.counts.clear();
+  const Results got =
+      run(store, x.to(device::run_device()), grad.to(device::run_device()), groups, first);
+  EXPECT_TRUE(testing::near(got.y_RO.narrow(0, 0, rows).cpu(), want.y_RO));
+  EXPECT_TRUE(testing::near(got.dx_RD.narrow(0, 0, rows).cpu(), want.dx_RD));
+  EXPECT_TRUE(testing::near(got.dw.cpu(), want.dw, testing::tolerance_of(type)));
+}
+
+TEST(GpuGrouped, OneProductIsAProductForEachGroup) {
+  if (types().empty()) GTEST_SKIP() << "no grouped products on this device";
+  for (const auto type : types())
+    for (const auto& counts : std::vector<std::vector<int64_t>>{
+             {5, 0, 130, 7}, {0, 0, 1}, {9}, {3, 4, 0}, {0, 0}, {1, 1, 1, 1, 1, 1, 1, 1, 1}})
+      for (const int64_t nobodys : {0, 6})
+        for (const size_t first : {0, 1})
+          for (const bool scattered : {false, true}) {
+            SCOPED_TRACE(::testing::PrintToString(counts) + " and " + std::to_string(nobodys) +
+                         c10::toString(type));
+            expect_as_in_turn(counts, nobodys, type, first, scattered);
+          }
+}
+
+}  // namespace
+}  // namespace capstan::ops
