@@ -107,7 +107,6 @@ std::string reason_to_wait(const plan::Plan& plan, const optim::Optimizer& optim
   if (plan.resolved.optimizer.spike_skip.sigma)
     return "optimizer.spike_skip.sigma is judged by the host";
   if (plan.precision.dynamic_loss_scale) return "the dynamic loss scale of fp16 is the host's";
-  if (plan.model().shape.experts.count > 0) return "routers and their balance are on the host";
   if (plan.resolved.precision.fp8.scaling == "delayed")
     return "the histories of delayed fp8 scaling are kept by the host";
   if (plan.resolved.parallel.zero.offload != "none") return "the optimizer is on the host";

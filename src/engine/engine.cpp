@@ -23,6 +23,7 @@
 #include "engine/backward_updates_internal.h"
 #include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
+#include "engine/experts_note_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
 #include "engine/step_control_internal.h"
@@ -103,15 +104,23 @@ struct Engine::Impl {
     if (reason.empty()) on_device.emplace(shards, plan, *device::accelerator());
     if (plan.resolved.run.graphs) {
       if (!reason.empty()) refuse_graph("a step that the host decides: " + reason);
+      if (model.balance) check_experts_of_graph();
       graph.emplace(*device::accelerator(), world);
     }
     if (mesh.rank() != 0) return;
     log_attention(plan, device);
+    if (model.balance) log_experts(plan, device);
     if (reason.empty())
       log::info("engine", "steps are decided on the device{}, their reports come one step late",
                 graph ? " and launched as two graphs" : "");
     else
       log::info("engine", "the host waits for the outcome of every step: {}", reason);
+  }
+
+  void check_experts_of_graph() const {
+    const ops::GroupedChoice choice = ops::choose_grouped(experts_case(plan, device));
+    if (choice.form != ops::GroupedForm::kGrouped)
+      refuse_graph("experts that the host has to count: " + choice.reason);
   }
 
   // Stochastic rounding asks for the index of each element.
@@ -225,6 +234,7 @@ struct Engine::Impl {
       update_on_device(loss);
     }
     if (!in_backward) publish();
+    if (model.balance) model.balance->send_loads();
     on_device->send_outcome();
   }
 
@@ -256,6 +266,7 @@ struct Engine::Impl {
   void update_on_device(const Tensor& loss) {
     const trace::Span span("optimizer", "update");
     on_device->decide(loss, mesh.coord().tp == 0, world);
+    if (model.balance) model.balance->finish_step_on_device(world, on_device->numbers().skip);
     if (in_backward) return;
     optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
   }
@@ -280,8 +291,10 @@ struct Engine::Impl {
   [[nodiscard]] StepReport next_report() {
     if (on_device) {
       const auto outcome = on_device->receive(world);
-      return control.confirm_step(outcome.sums,
-                                  {outcome.applied, outcome.count, outcome.gradient_scale});
+      StepReport report = control.confirm_step(
+          outcome.sums, {outcome.applied, outcome.count, outcome.gradient_scale});
+      if (model.balance) report.experts = model.balance->receive_loads();
+      return report;
     }
     StepReport report = std::move(reports.front());
     reports.pop_front();

@@ -39,22 +39,23 @@ ExpertBalance::ExpertBalance(const plan::ModelShape& shape, std::vector<int> lay
                              at::ScalarType dtype)
     : shape_(shape), layers_(std::move(layers)) {
   const plan::ExpertShape& e = shape_.experts;
-  states_.resize(static_cast<size_t>(shape_.num_hidden_layers));
+  const int64_t count = e.count, all = shape_.num_hidden_layers;
   const auto options = at::TensorOptions().dtype(dtype).device(device::run_device());
+  if (e.bias_update_rate > 0) bias_LE_ = at::zeros({all, count}, options);
+  if (e.auxiliary_loss > 0 && e.auxiliary_scope == "global")
+    fractions_LE_ = at::full({all, count}, 1.0 / static_cast<double>(count), options);
+  states_.resize(static_cast<size_t>(all));
   for (const int layer : layers_) {
     param::RouterState& state = states_.at(static_cast<size_t>(layer));
-    if (e.bias_update_rate > 0) state.bias_E = at::zeros({e.count}, options);
-    if (e.auxiliary_loss > 0 && e.auxiliary_scope == "global")
-      state.fractions_E = at::full({e.count}, 1.0 / static_cast<double>(e.count), options);
+    if (bias_LE_.defined()) state.bias_E = bias_LE_[layer];
+    if (fractions_LE_.defined()) state.fractions_E = fractions_LE_[layer];
   }
-  reset();
+  sums_LX_ = at::zeros({all, count + static_cast<int64_t>(kNumbers.size())},
+                       at::TensorOptions().dtype(at::kDouble).device(device::run_device()));
+  closed_LX_ = at::zeros_like(sums_LX_);
 }
 
-void ExpertBalance::reset() {
-  sums_LX_ = at::zeros({static_cast<int64_t>(states_.size()),
-                        shape_.experts.count + static_cast<int64_t>(kNumbers.size())},
-                       at::TensorOptions().dtype(at::kDouble).device(device::run_device()));
-}
+void ExpertBalance::reset() { sums_LX_.zero_(); }
 
 bool ExpertBalance::computes(int layer) const {
   return std::find(layers_.begin(), layers_.end(), layer) != layers_.end();
@@ -83,9 +84,38 @@ void ExpertBalance::add(const char* name, int layer, const at::Tensor& value) {
 
 std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& group, bool applied) {
   at::NoGradGuard no_grad;
-  std::vector<ExpertLoad> loads;
-  const at::Tensor sums_LX = sums_LX_.cpu();
+  // The host's copy where they are on a device.
+  const at::Tensor sums_LX = sums_LX_.is_cpu() ? sums_LX_.clone() : sums_LX_.cpu();
   if (group.size() > 1) group.control().all_reduce(sums_LX).wait();
+  const at::Tensor tokens_LE = sums_LX.narrow(1, 0, shape_.experts.count);
+  update(tokens_LE.to(sums_LX_.device()), at::scalar_tensor(applied, at::kBool));
+  reset();
+  return loads_of(sums_LX);
+}
+
+void ExpertBalance::finish_step_on_device(const comm::Communicator& group, const at::Tensor& skip) {
+  at::NoGradGuard no_grad;
+  if (group.size() > 1) group.control().all_reduce(sums_LX_).wait();
+  closed_LX_.copy_(sums_LX_);
+  update(closed_LX_.narrow(1, 0, shape_.experts.count), skip.eq(0));
+  reset();
+}
+
+void ExpertBalance::send_loads() {
+  sent_.push_back(
+      device::accelerator()->empty_pinned(closed_LX_.sizes(), closed_LX_.scalar_type()));
+  sent_.back().copy_(closed_LX_, /*non_blocking=*/true);
+}
+
+std::vector<ExpertLoad> ExpertBalance::receive_loads() {
+  CAPSTAN_CHECK(!sent_.empty(), "loads of a step that sent none");
+  const at::Tensor sums_LX = std::move(sent_.front());
+  sent_.pop_front();
+  return loads_of(sums_LX);
+}
+
+std::vector<ExpertLoad> ExpertBalance::loads_of(const at::Tensor& sums_LX) const {
+  std::vector<ExpertLoad> loads;
   const int64_t count = shape_.experts.count, width = sums_LX.size(1);
   for (int layer = 0; layer < shape_.num_hidden_layers; ++layer) {
     const double* const x = sums_LX.const_data_ptr<double>() + layer * width;
@@ -95,23 +125,22 @@ std::vector<ExpertLoad> ExpertBalance::finish_step(const comm::Communicator& gro
     load.entropy = load.routed_tokens > 0 ? x[count + 2] / load.routed_tokens : 0;
     load.auxiliary_loss = x[count + 3];
     load.z_loss = x[count + 4];
-    if (applied && computes(layer)) update(load);
     loads.push_back(std::move(load));
   }
-  reset();
   return loads;
 }
 
-void ExpertBalance::update(const ExpertLoad& load) {
-  const double sum = std::accumulate(load.tokens.begin(), load.tokens.end(), 0.0);
-  if (sum == 0) return;
-  const param::RouterState& state = states_.at(static_cast<size_t>(load.layer));
-  const at::Tensor tokens_E = at::tensor(load.tokens, at::kDouble);
-  if (state.fractions_E.defined()) state.fractions_E.copy_(tokens_E / sum);
-  if (!state.bias_E.defined()) return;
+// Of layers to which no token came, as of skipped steps, nothing changes.
+void ExpertBalance::update(const at::Tensor& tokens_LE, const at::Tensor& is_applied) {
+  const at::Tensor sum_L1 = tokens_LE.sum(1, true);
+  if (fractions_LE_.defined())
+    fractions_LE_.copy_(at::where(is_applied.logical_and(sum_L1.gt(0)), tokens_LE / sum_L1,
+                                  fractions_LE_.to(at::kDouble)));
+  if (!bias_LE_.defined()) return;
   // Exact comparison: counts are whole, and count x E against the sum avoids the rounded mean.
-  const at::Tensor error_E = sum - tokens_E * static_cast<double>(shape_.experts.count);
-  state.bias_E.add_(error_E.sign().to(state.bias_E.options()), shape_.experts.bias_update_rate);
+  const at::Tensor error_LE = sum_L1 - tokens_LE * static_cast<double>(shape_.experts.count);
+  bias_LE_.add_(error_LE.sign().mul(is_applied).to(bias_LE_.scalar_type()),
+                shape_.experts.bias_update_rate);
 }
 
 std::vector<mesh::StateEntry> ExpertBalance::state_entries(const std::string& model,

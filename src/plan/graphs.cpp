@@ -4,6 +4,7 @@
 // learns in it.
 #include <string>
 
+#include "plan/moe_internal.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -16,8 +17,12 @@ void check_graphs(Draft& draft) {
   };
   const std::string not_yet = " is not in this build";
   refuse(r.run.device == "cpu", "graphs are a GPU's", "Set run.device: cuda");
-  refuse(r.model.experts.count > 0, "routers choose on the host, a graph of experts" + not_yet,
-         "Set model.experts.count: 0");
+  if (r.model.experts.count > 0) {
+    refuse(r.parallel.expert > 1, "the host counts the rows that travel between experts",
+           "Set parallel.expert: 1");
+    if (const auto obstacle = grouped_obstacle(r))
+      refuse(true, "the host counts the rows of experts, as " + obstacle->why, obstacle->fix);
+  }
   refuse(r.optimizer.spike_skip.sigma.has_value(),
          "optimizer.spike_skip.sigma is judged by the host in every step",
          "Set optimizer.spike_skip.sigma: none");

@@ -10,6 +10,7 @@
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
+#include "plan/moe_internal.h"
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
@@ -45,6 +46,8 @@ ActivationQuery activation_query(const Plan& plan) {
   query.all_to_all = plan.resolved.parallel.context.method == "all_to_all";
   query.remade = remade_parts(plan.resolved.parallel.recompute);
   query.overlap = plan.resolved.parallel.sequence_overlap;
+  if (plan.resolved.run.device == "cuda" && !grouped_obstacle(plan.resolved))
+    query.grouped_experts = plan.model().shape.experts.count / grid.ep;
   return query;
 }
 

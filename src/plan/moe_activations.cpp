@@ -15,8 +15,9 @@ namespace {
 
 using Part = ActivationTerm::Part;
 
-// Phases of the backward, after those of llama's layer.
-constexpr int kFirstPhase = 8, kLastPhase = 11;
+// Phases of the backward, after those of llama's layer; the last one is of one product for the
+// weights of all experts.
+constexpr int kFirstPhase = 8, kInputPhase = 11, kLastPhase = 12;
 
 DType statistics_dtype(DType compute) {
   return compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
@@ -67,7 +68,8 @@ void add_saved(Terms& t, const ModelShape& shape, const ActivationQuery& q, int6
 // The backward of the experts, from the combination of their outputs back to their inputs.
 void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
   const int64_t hidden = shape.hidden_size, ffn = shape.experts.intermediate_size;
-  const bool adds_apart = q.compute != q.gradients;
+  const int64_t together = q.grouped_experts;
+  const bool adds_apart = q.compute != q.gradients && together == 0;
   const auto begin = [&](int phase) {
     t.phase = phase;
     t.add("gradient of the residual", q.tokens, hidden, q.residual);
@@ -78,20 +80,28 @@ void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, 
   begin(9);
   t.release("experts, output, free", rows, hidden, q.compute);
   t.add("gradient of the experts' output", rows, hidden, q.compute);
-  t.add("experts, gradient of gate x up", rows, ffn, q.compute);
+  if (together == 0) t.add("experts, gradient of gate x up", rows, ffn, q.compute);
+  t.add("gradients of all down, to be added", together * ffn, hidden, q.compute);
   if (adds_apart) t.add("gradient of one down, to be added", ffn, hidden, q.compute);
   begin(10);
   t.release("experts, output, free", rows, hidden, q.compute);
   t.release("experts, gate x up, free", rows, ffn, q.compute);
   t.add("experts, gradient of gate x up", rows, ffn, q.compute);
   t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
-  begin(kLastPhase);
+  begin(kInputPhase);
   t.release("experts, output, free", rows, hidden, q.compute);
   t.release("experts, gate x up, free", rows, ffn, q.compute);
   t.release("experts, gate and up, free", rows, 2 * ffn, q.compute);
   t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
   t.add("gradient of the tokens in expert order", rows, hidden, q.compute);
   if (adds_apart) t.add("gradient of one gate and up, to be added", 2 * ffn, hidden, q.compute);
+  if (together == 0) return;
+  begin(kLastPhase);
+  t.release("experts, output, free", rows, hidden, q.compute);
+  t.release("experts, gate x up, free", rows, ffn, q.compute);
+  t.release("experts, gate and up, free", rows, 2 * ffn, q.compute);
+  t.add("experts, gradient of gate and up", rows, 2 * ffn, q.compute);
+  t.add("gradients of all gate and up, to be added", together * 2 * ffn, hidden, q.compute);
 }
 
 // What the weight half of a split backward holds of the experts; of that, what phases of the input
@@ -108,7 +118,7 @@ void add_put_off(Terms& t, const ModelShape& shape, const ActivationQuery& q, in
         q.compute);
   t.add("shared expert, gate x up", q.tokens, e.shared_intermediate_size, q.compute);
   t.part = Part::kWaiting;
-  for (t.phase = kLastPhase - 1; t.phase <= kLastPhase; ++t.phase) {
+  for (t.phase = kInputPhase - 1; t.phase <= kInputPhase; ++t.phase) {
     t.add("experts, gate x up", rows, e.intermediate_size, q.compute);
     t.add("gradient of the experts' output", rows, shape.hidden_size, q.compute);
   }

@@ -2,6 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decoders whose MLP is a mixture of experts; everything else is llama.
 #pragma once
+#include <optional>
+#include <string>
+
 #include "capstan/plan/family.h"
 
 namespace capstan::plan {
@@ -12,5 +15,12 @@ namespace capstan::plan {
 [[nodiscard]] FamilyDef moe_family();
 [[nodiscard]] ActivationBytes moe_activation_bytes(const ModelShape& shape,
                                                    const ActivationQuery& query);
+
+// What keeps the experts of a recipe, of which nothing is `auto` any more, from one product for all
+// of a layer on a GPU; ops::choose_grouped() sees what only the process knows.
+struct GroupedObstacle {
+  std::string why, fix;
+};
+[[nodiscard]] std::optional<GroupedObstacle> grouped_obstacle(const recipe::Recipe& recipe);
 
 }  // namespace capstan::plan

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "capstan/base/bytes.h"
+#include "plan/moe_internal.h"
 #include "plan/resolve_internal.h"
 #include "plan/saturate_internal.h"
 
@@ -75,6 +76,22 @@ void check_expert_axis(Draft& draft, const ModelShape& shape, std::optional<int6
                               parallel.context.size, parallel.tensor, *ranks),
                   "experts spread over these ranks, never over replicas",
                   nearest + (*shards == 1 ? "; or make shards with parallel.zero.stage" : "")});
+}
+
+std::optional<GroupedObstacle> grouped_obstacle(const recipe::Recipe& r) {
+  constexpr int64_t kRow = 8;  // numbers of bf16 in 16 bytes
+  constexpr int64_t kMostExperts = 1023;
+  const recipe::Experts& e = r.model.experts;
+  if (r.precision.compute != "bf16")
+    return GroupedObstacle{"experts are multiplied in one product in bf16 alone",
+                           "Set precision.compute: bf16"};
+  if (e.count > kMostExperts)
+    return GroupedObstacle{fmt::format("one product takes at most {} experts", kMostExperts),
+                           fmt::format("Set model.experts.count to at most {}", kMostExperts)};
+  if (r.model.hidden_size % kRow == 0 && e.intermediate_size.value_or(0) % kRow == 0) return {};
+  return GroupedObstacle{
+      "experts are multiplied in one product if their sizes are multiples of 8",
+      "Set model.hidden_size and model.experts.intermediate_size to multiples of 8"};
 }
 
 }  // namespace capstan::plan

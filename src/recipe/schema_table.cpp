@@ -47,8 +47,8 @@ void add_run_keys(std::vector<Key>& t) {
                   "cuda: the same bits twice at some cost; cpu runs always repeat "
                   "bit for bit."));
   t.push_back(KEY(run.graphs,
-                  "cuda: steps are recorded and launched as graphs; dense "
-                  "models, nothing offloaded.")
+                  "cuda: steps are recorded and launched as graphs; nothing offloaded, experts "
+                  "in bf16.")
                   .free());
   t.push_back(KEY(run.start_timeout_s, "Deadline of waits before the first finished step.")
                   .above(0)

@@ -7,6 +7,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <deque>
 #include <functional>
 #include <span>
 #include <string>
@@ -33,8 +34,8 @@ struct ExpertLoad {
   [[nodiscard]] double dropped_fraction() const;  // of the choices
 };
 
-// Belongs to one rank. States and sums lie on the device of the run: reports do not wait for it,
-// finish_step() does.
+// Belongs to one rank. States and sums lie on the device of the run, where they stay: a step may be
+// closed there, with its loads on their way to the host, or by the host, which waits for the sums.
 class ExpertBalance final : public param::StatSink {
  public:
   // layers: those that this rank computes. dtype of the states: fp32, fp64 for fp64 runs.
@@ -54,6 +55,12 @@ class ExpertBalance final : public param::StatSink {
   // anew. Returns the loads of all layers, wherever they are computed. One all_reduce of fp64.
   // group: all ranks. Collective over: group.
   std::vector<ExpertLoad> finish_step(const comm::Communicator& group, bool applied);
+  // The same without the host, which may be captured: skip, a number on the device, is 0 when the
+  // step was applied. send_loads() then queues the copy to the host, and receive_loads() returns
+  // the oldest of those copies; whoever calls it knows that it has arrived. Collective over: group.
+  void finish_step_on_device(const comm::Communicator& group, const at::Tensor& skip);
+  void send_loads();
+  [[nodiscard]] std::vector<ExpertLoad> receive_loads();
   // Forgets what was reported (a step that threw).
   void reset();
 
@@ -64,12 +71,16 @@ class ExpertBalance final : public param::StatSink {
  private:
   [[nodiscard]] bool computes(int layer) const;
   [[nodiscard]] at::Tensor row(int layer);
-  void update(const ExpertLoad& load);
+  void update(const at::Tensor& tokens_LE, const at::Tensor& is_applied);
+  [[nodiscard]] std::vector<ExpertLoad> loads_of(const at::Tensor& sums_LX) const;
 
   plan::ModelShape shape_;
   std::vector<int> layers_;
-  std::vector<param::RouterState> states_;  // by layer of the model
+  at::Tensor bias_LE_, fractions_LE_;       // undefined where unused
+  std::vector<param::RouterState> states_;  // by layer of the model; views
   at::Tensor sums_LX_;                      // fp64: tokens of each expert, then the single numbers
+  at::Tensor closed_LX_;                    // those of the last step that the device closed
+  std::deque<at::Tensor> sent_;             // in pinned memory
   Listener listener_;
   bool wants_entropy_ = false;
 };

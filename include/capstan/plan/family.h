@@ -94,9 +94,10 @@ struct ActivationQuery {
   // vocabulary rows.
   int64_t kept_tokens = 0;  // of them outside of tensor-parallel layers; 0 = all
   int tensor = 1, context = 1;
-  bool all_to_all = false;  // context by all-to-all instead of ring
-  RemadeParts remade;       // counted as workspace while they are back
-  bool overlap = false;     // rows cut over the tensor axis travel part by part
+  bool all_to_all = false;      // context by all-to-all instead of ring
+  RemadeParts remade;           // counted as workspace while they are back
+  bool overlap = false;         // rows cut over the tensor axis travel part by part
+  int64_t grouped_experts = 0;  // of the rank, whose weight gradients are one product; 0 = one each
 };
 // One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
 struct ActivationTerm {

@@ -158,7 +158,6 @@ TEST(MakePlan, Graphs_AreRefusedByName) {
                              "parallel.context.size=2", "parallel.pipeline.size=2"})
     EXPECT_TRUE(plan_of(resolved({"run.graphs=true", layout}), two).resolved.run.graphs);
   EXPECT_THAT(why({}, machine(1)), HasSubstr("run.device"));
-  EXPECT_THAT(why({"model.family=moe", "model.experts.count=4"}, gpu), HasSubstr("experts"));
   EXPECT_THAT(why({"parallel.context.size=2", "data.documents=separate"}, two),
               HasSubstr("method: all_to_all"));
   EXPECT_THAT(why({"optimizer.spike_skip.sigma=6"}, gpu), HasSubstr("spike_skip"));

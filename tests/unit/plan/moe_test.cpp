@@ -352,6 +352,53 @@ TEST(MoePlan, RecipeBecomesShape) {
   EXPECT_THAT(text, HasSubstr("router"));
 }
 
+Topology gpu() {
+  Topology topology = testing::machine(1);
+  topology.device = "cuda";
+  return topology;
+}
+
+TEST(MoePlan, GraphsNeedRowsThatTheHostDoesNotCount) {
+  const auto plan = [](const char* set) {
+    return testing::plan_of(resolved_moe({"run.graphs=true", "precision.compute=bf16", set}),
+                            gpu());
+  };
+  EXPECT_TRUE(plan("model.experts.capacity_factor=1.5").resolved.run.graphs);
+  const auto why = [&](const char* set) -> std::string {
+    try {
+      (void)plan(set);
+      return "accepted";
+    } catch (const recipe::RecipeError& e) {
+      return e.what();
+    }
+  };
+  EXPECT_THAT(why("precision.compute=fp32"), HasSubstr("Set precision.compute: bf16"));
+  EXPECT_THAT(why("model.experts.intermediate_size=20"), HasSubstr("multiples of 8"));
+}
+
+// The weight gradients of all experts at once, instead of one after the other.
+TEST(MoePlan, OneProductForAllExpertsIsCounted) {
+  const ModelShape s = qwen_moe();
+  ActivationQuery query{.tokens = 64,
+                        .sequence_length = 64,
+                        .samples = 1,
+                        .compute = DType::kBf16,
+                        .gradients = DType::kFp32};
+  const int64_t one = find_family("moe").activation_bytes(s, query).layer_workspace;
+  query.grouped_experts = 60;
+  const int64_t all = find_family("moe").activation_bytes(s, query).layer_workspace;
+  const int64_t product = int64_t{60} * 2 * 1408 * 2048 * 2;
+  EXPECT_GT(all, product);
+  EXPECT_LT(all, product / 8 * 9 + one);  // allocations are rounded up
+  EXPECT_LT(one, product / 32);
+  const auto workspace = [](const Topology& where) {
+    return testing::plan_of(resolved_moe({"precision.compute=bf16", "model.experts.count=32"}),
+                            where)
+        .memory.workspace;
+  };
+  EXPECT_GT(workspace(gpu()), workspace(testing::machine(1)));
+}
+
 TEST(MoePlan, TooManyParametersAreRefused) {
   try {
     (void)testing::plan_of(resolved_moe({"model.experts.count=4096", "model.hidden_size=1048576",
