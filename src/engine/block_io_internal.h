@@ -39,7 +39,7 @@ struct GraphInput {
 // A block's input in host memory, by place.
 struct InputOnHost {
   struct Leaf {
-    std::shared_ptr<const parallel::HostCopy> copy;  // null: undefined
+    std::shared_ptr<parallel::HostCopy> copy;  // null: undefined
     bool requires_grad = false;
   };
   std::vector<Leaf> leaves;

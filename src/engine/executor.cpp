@@ -157,9 +157,10 @@ void Executor::receive(const plan::Instruction& i, const StepWork& work) {
   const MicroBatch& batch = work.batches->at(static_cast<size_t>(i.micro_batch));
   const Tensor arriving = boundary_like(train_context(i.micro_batch, batch, work), batch.ids_BT);
   const bool is_gradient = i.op == plan::Op::kReceiveGradient;
+  InFlight& flight = in_flight_[{i.chunk, i.micro_batch}];
+  if (is_gradient) fetch(flight, flight.blocks.size() - 1);
   const auto& channel = is_gradient ? model_.links.gradients : model_.links.activations;
   channel.recv(arriving, i.peer).wait();
-  InFlight& flight = in_flight_[{i.chunk, i.micro_batch}];
   (is_gradient ? flight.output_gradient : flight.input) = arriving;
 }
 
@@ -212,6 +213,20 @@ void Executor::prefetch(const parallel::Chunk& chunk, size_t position, int direc
   }
 }
 
+// Starts the way back of what a block left on the host.
+void Executor::fetch(const InFlight& flight, size_t position) {
+  if (const auto& offload = model_.activation_offload)
+    offload->fetch(flight.blocks.at(position).offloaded.get());
+}
+
+// Whether the instruction after this forward is its backward.
+bool Executor::turns_around() const {
+  const plan::Instruction& here = instructions_.at(static_cast<size_t>(instruction_));
+  const plan::Instruction& next = instructions_.at(static_cast<size_t>(instruction_) + 1);
+  const bool is_backward = next.op == plan::Op::kBackward || next.op == plan::Op::kBackwardInput;
+  return is_backward && next.chunk == here.chunk && next.micro_batch == here.micro_batch;
+}
+
 void Executor::forward(int chunk_index, int micro_batch, const StepWork& work) {
   const auto& chunk = model_.chunks.at(static_cast<size_t>(chunk_index));
   const MicroBatch& batch = work.batches->at(static_cast<size_t>(micro_batch));
@@ -227,6 +242,7 @@ void Executor::forward(int chunk_index, int micro_batch, const StepWork& work) {
     made = {};
     const OpenBlock open(model_, block);
     prefetch(chunk, i, +1);
+    if (block == model_.model.shape.head_block() && i > 0 && turns_around()) fetch(flight, i - 1);
     note("forward", block);
     made = forward_block(block, context, in, flight, flight.blocks[i], work, batch);
   }
@@ -245,7 +261,7 @@ nn::BlockIO Executor::forward_block(int block, const param::Context& context, co
     nn::BlockIO made = run_block(block, context, in, batch.ids_BT);
     run.in = in;
     if (offload) run.on_host = put_away(run.in, *offload);
-    if (offload) offload->end_block();
+    if (offload) run.offloaded = offload->end_block();
     return made;
   }
   GraphInput input = start_graph(in);
@@ -257,7 +273,7 @@ nn::BlockIO Executor::forward_block(int block, const param::Context& context, co
   const ops::KeeperGuard keeper(is_layer(block) ? offload : nullptr);
   nn::BlockIO made = run_block(block, context, input.io, batch.ids_BT);
   run.roots = roots_of(made);
-  if (offload) offload->end_block();
+  if (offload) run.offloaded = offload->end_block();
   return made;
 }
 
@@ -331,6 +347,8 @@ void Executor::backward(int chunk_index, int micro_batch, const StepWork& work,
   if (chunk.stage + 1 < stages_) gradients = {Tensor(), std::move(flight.output_gradient)};
   for (size_t i = chunk.blocks.size(); i-- > 0;) {
     const int block = chunk.blocks[i];
+    fetch(flight, i);
+    if (i > 0) fetch(flight, i - 1);
     note("backward", block);
     BlockRun run = std::move(flight.blocks[i]);
     flight.blocks.pop_back();

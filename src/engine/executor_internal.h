@@ -54,6 +54,7 @@ class Executor {
     std::vector<Edge> leaves, roots;  // of its graph, by place in a BlockIO
     nn::BlockIO in;                   // of a block that is run again, which has no graph yet
     InputOnHost on_host;              // in place of `in`, where activations are offloaded
+    std::shared_ptr<parallel::OffloadedBlock> offloaded;  // null: nothing has to come back
   };
   struct InFlight {
     Tensor input;                  // of the first block; undefined on the first stage
@@ -85,6 +86,8 @@ class Executor {
   void hand_over(int chunk, int micro_batch, bool is_gradient, const Tensor& value);
   void pass_done(int block);
   void prefetch(const parallel::Chunk& chunk, size_t position, int direction);
+  void fetch(const InFlight& flight, size_t position);
+  [[nodiscard]] bool turns_around() const;
   [[nodiscard]] nn::BlockIO run_block(int block, const param::Context& context,
                                       const nn::BlockIO& in, const Tensor& ids_BT);
   [[nodiscard]] Tensor forward_only(const param::Context& context, const Tensor& ids_BT,

@@ -90,8 +90,11 @@ void watch_experts(ParallelModel& out, const Request& r) {
 void choose_recompute(ParallelModel& out, const Request& r) {
   const recipe::Recompute& recompute = recipe_of(r).recompute;
   out.recompute_blocks = recompute.mode == "block";
+  device::Accelerator* const device = device::accelerator();
+  const bool offloads = recipe_of(r).offload_activations || recipe_of(r).zero.offload != "none";
+  if (device && offloads) out.link = std::make_unique<HostLink>(*device);
   if (recipe_of(r).offload_activations)
-    out.activation_offload = std::make_unique<ActivationOffload>();
+    out.activation_offload = std::make_unique<ActivationOffload>(out.link.get());
 }
 
 // Groups of tensor ranks that hold the same part of a parameter, by their size. Every rank makes

@@ -162,7 +162,9 @@ std::string describe_memory(const Plan& plan) {
                                           : "ids, targets, positions, rotary table");
   if (on_gpu)
     add("device", m.device, "CUDA context, cuBLAS, NCCL, beside graphs: assumed, not measured");
-  if (m.host > 0) add("on the host", m.host, "of the tensors above, by parallel.zero.offload");
+  if (m.host > 0)
+    add("on the host", m.host,
+        "of the tensors above, by parallel.zero.offload and offload_activations");
   if (m.checkpoint_snapshot > 0)
     text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
                                 format_bytes(m.checkpoint_snapshot)));

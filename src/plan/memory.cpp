@@ -115,12 +115,12 @@ MemoryReport report_memory(const Plan& plan, int rank) {
   const StepMoment peak = find_peak(plan, layout, plan.grid.coord(rank).pp);
   memory.parameters += peak.values;
   memory.gradients += peak.gradients;
-  memory.activations = peak.activations;
+  memory.activations = peak.activations + peak.host;
   memory.workspace = peak.workspace;
   memory.communication = peak.communication;
   memory.data = data_bytes(plan);
   memory.device = device_bytes(plan, memory);
-  memory.host = host_bytes(plan, layout);
+  memory.host = host_bytes(plan, layout) + peak.host;
   if (plan.resolved.checkpoint.asynchronous) {
     // Copies are shared out: each data-parallel rank saves its part of the weights and moments.
     int64_t bytes = 0;

@@ -20,11 +20,13 @@ struct StepMoment {
   int64_t activations = 0, workspace = 0, communication = 0;
   int64_t values = 0;     // stage 3: weights that are gathered
   int64_t gradients = 0;  // stages 2 and 3: whole gradients, being collected or summed
+  int64_t host = 0;       // most of a step: activations that have left the device
   [[nodiscard]] int64_t total() const {
     return activations + workspace + communication + values + gradients;
   }
 };
-// MemoryReport's `device`, from the rest of the report, and `host`.
+// MemoryReport's `device`, from the rest of the report, and the part of `host` that zero.offload
+// keeps there.
 [[nodiscard]] int64_t device_bytes(const Plan& plan, const MemoryReport& tensors);
 [[nodiscard]] int64_t host_bytes(const Plan& plan, const RankLayout& layout);
 [[nodiscard]] StepMoment find_peak(const Plan& plan, const RankLayout& layout, int pipeline_rank);

@@ -34,6 +34,8 @@ class StepWalk {
         stage_(plan.model().layout.options().zero_stage),
         zero_(plan.resolved.parallel.zero),
         again_(plan.resolved.parallel.recompute.mode == "block"),
+        offloads_(plan.resolved.parallel.offload_activations),
+        travels_(offloads_ && plan.resolved.run.device == "cuda"),
         bytes_(activation_bytes_of(plan)),
         passes_(list_passes(
             plan.schedule, pipeline_rank, layout, plan.model().shape.tie_word_embeddings,
@@ -62,6 +64,7 @@ class StepWalk {
     const auto& list = plan_.schedule.ranks[static_cast<size_t>(pipeline_rank_)];
     for (const Instruction& i : list) execute(i);
     visit(0);
+    peak_.host = most_hosted_;
     return peak_;
   }
 
@@ -213,38 +216,52 @@ class StepWalk {
       arriving_ = 0;
       gather(block);
       prefetch(blocks, i, +1);
-      saved_ += kept_by(chunk, block);
+      kept_in(block) += kept_by(chunk, block);
       if (block == head_) collect(block);  // the head makes its gradients at once
-      visit(forward_workspace(block));
+      visit(forward_workspace(block) + leaving_ + travelling(chunk, block));
+      if (travels_ && is_layer(block)) leaving_ = travelling(chunk, block);
       close(block);
     }
     if (stage + 1 < plan_.schedule.stages) saved_ += boundary_;  // to be sent or handed over
   }
 
-  // Offloaded activations are here twice while their block runs (on CPU ranks both are host
-  // memory).
+  // Where what a block keeps is counted: on a GPU offloaded activations leave it.
+  [[nodiscard]] int64_t& kept_in(int block) {
+    return travels_ && (again_ ? block != head_ : is_layer(block)) ? hosted_ : saved_;
+  }
+  // What a layer sends to the host, and has on the device while it runs and the next one does; in
+  // the backward its own and that of the layer before are here.
+  [[nodiscard]] int64_t travelling(int chunk, int block) const {
+    if (!travels_ || !is_layer(block)) return 0;
+    return again_ ? input_of(chunk, block) : kept_by(chunk, block);
+  }
+
+  // Offloaded activations are here twice while their block runs on a CPU rank, where both are host
+  // memory.
   [[nodiscard]] int64_t forward_workspace(int block) const {
     // Both streams that the last norm adds; the residual is saved where layers keep theirs.
     if (block == head_) return bytes_.head_workspace + layer_output_ + (again_ ? boundary_ : 0);
-    const bool copies = plan_.resolved.parallel.offload_activations && is_layer(block);
-    return copies ? bytes_.saved_per_layer : 0;
+    return offloads_ && !travels_ && is_layer(block) ? bytes_.saved_per_layer : 0;
   }
 
   void backward(int chunk, bool defer_weights) {
     const auto& blocks = layout_.chunks[static_cast<size_t>(chunk)];
     const int stage = stage_of(chunk);
     if (stage + 1 < plan_.schedule.stages) saved_ -= boundary_;  // counted as workspace
+    leaving_ = 0;
     for (size_t i = blocks.size(); i-- > 0;) {
       const int block = blocks[i];
       arriving_ = 0;
       if (block > 0) gather(block);
       if (!defer_weights) collect(block);
       const int64_t kept = kept_by(chunk, block);
+      const int64_t back =
+          (again_ ? 0 : travelling(chunk, block)) + (i > 0 ? travelling(chunk, blocks[i - 1]) : 0);
       if (is_layer(block) && !is_idle(chunk, block))
-        visit_layer(kept, again_ ? input_of(chunk, block) : 0,
-                    defer_weights ? bytes_.split_layer_workspace : bytes_.layer_workspace);
+        visit_layer(travels_ ? 0 : kept, again_ && !travels_ ? input_of(chunk, block) : 0,
+                    back + (defer_weights ? bytes_.split_layer_workspace : bytes_.layer_workspace));
       if (block == 0) visit(boundary_ + gathered_residual_);
-      saved_ -= kept;
+      kept_in(block) -= kept;
       if (defer_weights) saved_ += put_off(chunk, block);
       if (block > 0) close(block);
       prefetch(blocks, i, -1);
@@ -309,8 +326,12 @@ class StepWalk {
   }
 
   void visit(int64_t workspace) {
-    const StepMoment now{std::min(saved_, kSaturated), workspace, staging_, values_ + arriving_,
-                         gradients_};
+    most_hosted_ = std::max(most_hosted_, hosted_);
+    const StepMoment now{.activations = std::min(saved_, kSaturated),
+                         .workspace = workspace,
+                         .communication = staging_,
+                         .values = values_ + arriving_,
+                         .gradients = gradients_};
     if (now.total() > peak_.total()) peak_ = now;
   }
 
@@ -319,7 +340,7 @@ class StepWalk {
   int pipeline_rank_, head_, stage_;
   int first_learning_ = std::numeric_limits<int>::max();  // block
   const recipe::Zero& zero_;
-  bool again_;
+  bool again_, offloads_, travels_;
   ActivationBytes bytes_;
   std::vector<GradientPass> passes_;
   std::vector<Buffer> buffers_;
@@ -329,6 +350,7 @@ class StepWalk {
   int64_t sent_ = 0;                                    // by the last send
   int64_t saved_ = 0, values_ = 0, gradients_ = 0;      // now
   int64_t staging_ = 0, pending_ = 0, arriving_ = 0;
+  int64_t hosted_ = 0, most_hosted_ = 0, leaving_ = 0;  // offloaded; on its way
   size_t next_pass_ = 0;
   StepMoment peak_;
 };

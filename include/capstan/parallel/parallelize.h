@@ -14,6 +14,7 @@
 #include "capstan/parallel/expert_balance.h"
 #include "capstan/parallel/flat_store.h"
 #include "capstan/parallel/gradient_buckets.h"
+#include "capstan/parallel/host_link.h"
 #include "capstan/plan/passes.h"
 #include "capstan/plan/plan.h"
 
@@ -38,7 +39,8 @@ struct ParallelModel {
   PipelineLinks links;
   std::shared_ptr<ops::Fp8Linear> fp8;  // of its linear layers, where the recipe wants it
   std::unique_ptr<nn::Seams> seams;
-  bool recompute_blocks = false;  // a layer keeps its input and runs again in the backward
+  std::unique_ptr<HostLink> link;  // to a device of which something is offloaded
+  bool recompute_blocks = false;   // a layer keeps its input and runs again in the backward
   std::unique_ptr<ActivationOffload> activation_offload;  // where the recipe wants it
   std::unique_ptr<WeightQueue> queue;
   std::unique_ptr<ExpertBalance> balance;          // models with experts

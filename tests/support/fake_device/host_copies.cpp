@@ -35,10 +35,39 @@ bool is_same(const at::Tensor& a, const at::Tensor& b) {
 // Nobody but the list has the memory: it cannot change any more.
 bool is_abandoned(const HostCopy& c) { return !c.is_arrival && c.host.storage().use_count() == 1; }
 
+bool is_shared(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.storage().is_alias_of(b.storage())) return false;
+  if (!a.is_contiguous() || !b.is_contiguous()) return true;
+  const auto* const first = static_cast<const char*>(a.const_data_ptr());
+  const auto* const second = static_cast<const char*>(b.const_data_ptr());
+  return first < second + b.nbytes() && second < first + a.nbytes();
+}
+
+[[noreturn]] void refuse(const char* what, const Access& earlier, int stream) {
+  throw MissingWait(
+      fmt::format("missing wait: stream {} {} a copy on stream {} that it is not ordered behind",
+                  stream, what, earlier.stream));
+}
+
+// Copies that the new one is ordered behind are through with the memory.
+void make_way(const at::Tensor& host, const Access& copy) {
+  for (auto c = copies().begin(); c != copies().end();) {
+    const auto next = std::next(c);
+    if (is_shared(c->host, host)) {
+      if (!is_ordered(c->copy, copy.stream))
+        refuse("writes to pinned memory of", c->copy, copy.stream);
+      if (c->is_arrival) c->host.copy_(c->value);
+      copies().erase(c);
+    }
+    c = next;
+  }
+}
+
 }  // namespace
 
 void arrive_later(const at::Tensor& host, const at::Tensor& value, const Access& copy) {
   std::lock_guard lock(state_mutex());
+  make_way(host, copy);
   if (at::isFloatingType(host.scalar_type()))
     host.fill_(std::numeric_limits<double>::quiet_NaN());
   else
@@ -54,9 +83,11 @@ void hold_source(const at::Tensor& host, const Access& copy) {
 
 void arrive_for(const at::Tensor& host, int stream) {
   std::lock_guard lock(state_mutex());
-  for (auto& c : copies())
-    if (c.is_arrival && c.host.storage().is_alias_of(host.storage()) && is_ordered(c.copy, stream))
-      c.host.copy_(c.value);
+  for (auto& c : copies()) {
+    if (!c.is_arrival || !is_shared(c.host, host)) continue;
+    if (!is_ordered(c.copy, stream)) refuse("reads what arrives by", c.copy, stream);
+    c.host.copy_(c.value);
+  }
 }
 
 void settle_host_copies() {

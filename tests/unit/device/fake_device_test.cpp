@@ -268,6 +268,34 @@ TEST_F(FakeDevice, ChangedPinnedSource_IsAMissingWait) {
   gpu_.synchronize(gpu_.current_stream());
 }
 
+TEST_F(FakeDevice, PinnedMemoryBetweenStreams_NeedsOrder) {
+  const device::Stream here = gpu_.current_stream(), other = gpu_.create_stream(false);
+  const at::Tensor pinned = gpu_.empty_pinned({16}, at::kFloat);
+  const at::Tensor first = pinned.narrow(0, 0, 8), second = pinned.narrow(0, 8, 8);
+  const at::Tensor from = at::ones({8}, on_device_), to = at::empty({8}, on_device_);
+  const device::Event event = gpu_.create_event();
+  const auto order = [&](device::Stream earlier, device::Stream later) {
+    gpu_.record(event, earlier);
+    gpu_.wait(later, event);
+  };
+  order(here, other);
+  first.copy_(from, true);
+  {
+    const device::StreamGuard there(gpu_, other);
+    EXPECT_THAT(message_of([&] { to.copy_(first, true); }), HasSubstr("reads what arrives"));
+    EXPECT_THAT(message_of([&] { first.copy_(from, true); }), HasSubstr("writes to pinned"));
+    second.copy_(from, true);
+    order(here, other);
+    to.copy_(first, true);
+  }
+  EXPECT_THAT(message_of([&] { first.copy_(from, true); }), HasSubstr("writes to pinned"));
+  order(other, here);
+  first.copy_(from, true);  // behind the copy that read it
+  EXPECT_EQ(to.sum().item<float>(), 8);
+  EXPECT_EQ(pinned.sum().item<float>(), 16);
+  gpu_.destroy(event);
+}
+
 TEST_F(FakeDevice, HostWaits_AreCounted) {
   const at::Tensor t = at::arange(8, on_device_.dtype(at::kFloat));
   const auto waits = [](auto&& fn) {

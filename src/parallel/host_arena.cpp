@@ -1,0 +1,72 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+#include <iterator>
+
+#include "capstan/base/bytes.h"
+#include "parallel/host_arena_internal.h"
+
+namespace capstan::parallel {
+namespace {
+
+// Whole powers of two, to which LibTorch rounds pinned memory up; as large as all before.
+constexpr int64_t kSmallestSlab = kMiB, kLargestSlab = kGiB, kRound = 512;
+
+}  // namespace
+
+HostArena::Place HostArena::take(int64_t bytes) {
+  const int64_t needed = std::max(kRound, (bytes + kRound - 1) / kRound * kRound);
+  const std::lock_guard lock(mutex_);
+  for (size_t s = 0; s < slabs_.size(); ++s) {
+    auto& free = slabs_[s].free;
+    const auto found = std::find_if(free.begin(), free.end(),
+                                    [&](const auto& hole) { return hole.second >= needed; });
+    if (found == free.end()) continue;
+    const auto [begin, size] = *found;
+    free.erase(found);
+    if (size > needed) free.emplace(begin + needed, size - needed);
+    return {s, begin, needed};
+  }
+  const auto wanted = std::max(needed, std::clamp(reserved(), kSmallestSlab, kLargestSlab));
+  const auto size = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted)));
+  slabs_.push_back({accelerator_.empty_pinned({size}, at::kByte), {}});
+  if (size > needed) slabs_.back().free.emplace(needed, size - needed);
+  return {slabs_.size() - 1, 0, needed};
+}
+
+void HostArena::give_back(const Place& place) {
+  const std::lock_guard lock(mutex_);
+  auto& free = slabs_.at(place.slab).free;
+  auto hole = free.emplace(place.begin, place.bytes).first;
+  if (hole != free.begin()) {
+    const auto before = std::prev(hole);
+    if (before->first + before->second == hole->first) {
+      before->second += hole->second;
+      free.erase(hole);
+      hole = before;
+    }
+  }
+  const auto next = std::next(hole);
+  if (next == free.end() || hole->first + hole->second != next->first) return;
+  hole->second += next->second;
+  free.erase(next);
+}
+
+Tensor HostArena::memory(const Place& place) const {
+  const std::lock_guard lock(mutex_);
+  return slabs_.at(place.slab).memory.narrow(0, place.begin, place.bytes);
+}
+
+int64_t HostArena::reserved() const {
+  int64_t bytes = 0;
+  for (const Slab& slab : slabs_) bytes += slab.memory.numel();
+  return bytes;
+}
+
+int64_t HostArena::reserved_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return reserved();
+}
+
+}  // namespace capstan::parallel

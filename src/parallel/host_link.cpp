@@ -1,0 +1,35 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#include "capstan/parallel/host_link.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <exception>
+
+namespace capstan::parallel {
+
+StreamMark::~StreamMark() {
+  try {
+    accelerator_.destroy(event_);
+  } catch (const std::exception&) {  // the device has failed before, which is being reported
+  }
+}
+
+HostLink::HostLink(device::Accelerator& accelerator)
+    : accelerator_(accelerator),
+      to_host_(accelerator.create_stream(false)),
+      to_device_(accelerator.create_stream(false)) {}
+
+void HostLink::order(device::Stream earlier, device::Stream later) const {
+  StreamMark mark(accelerator_);
+  mark.set(earlier);
+  mark.hold(later);
+}
+
+void HostLink::copy(const Tensor& from, const Tensor& to, device::Stream stream) const {
+  const at::NoGradGuard no_grad;
+  const device::StreamGuard there(accelerator_, stream);
+  to.copy_(from, /*non_blocking=*/true);
+}
+
+}  // namespace capstan::parallel
