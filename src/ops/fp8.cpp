@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "capstan/base/check.h"
+#include "capstan/ops/gemm.h"
 #include "capstan/ops/path.h"
 #include "ops/cpu/dtypes.h"
 #include "ops/cpu/fp8_kernels.h"
@@ -195,7 +196,8 @@ Tensor widened(const Tensor& x) {
   return out;
 }
 
-void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix& b) {
+void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix& b,
+                      bool accumulates) {
   const Tensor b_KN = widened(b.values_MK).t();
   const Tensor scale_N = b.inverse_scale.view({-1});
   const bool by_row = a.inverse_scale.dim() == 2;
@@ -203,7 +205,8 @@ void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix&
     const int64_t count = std::min(kProductRows, out_MN.size(0) - first);
     const Tensor product = at::mm(widened(a.values_MK.narrow(0, first, count)), b_KN);
     product.mul_(by_row ? a.inverse_scale.narrow(0, first, count) : a.inverse_scale).mul_(scale_N);
-    out_MN.narrow(0, first, count).copy_(product);
+    Tensor rows = out_MN.narrow(0, first, count);
+    accumulates ? rows.add_(product) : rows.copy_(product);
   }
 }
 
@@ -214,6 +217,14 @@ void check_product(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix& b)
                 c10::toString(b.values_MK.scalar_type()));
   CAPSTAN_CHECK(is_known(out_MN.scalar_type()), "fp8 product: the result is {}",
                 c10::toString(out_MN.scalar_type()));
+}
+
+Product product_of(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK) {
+  return {.out_MN = out_MN,
+          .a_MK = a_MK.values_MK,
+          .b_KN = b_NK.values_MK.t(),
+          .a_scale = a_MK.inverse_scale,
+          .b_scale = b_NK.inverse_scale};
 }
 
 }  // namespace
@@ -281,14 +292,23 @@ Fp8Matrix quantise_rows(const Tensor& x_MK, Fp8Format format) {
   return {q.values_MK.view(scalar_type_of(format)), q.inverse_scale};
 }
 
-void multiply_into(Tensor out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK) {
+void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK) {
   check_product(out_MN, a_MK, b_NK);
   const at::NoGradGuard no_grad;
-  if (out_MN.is_cpu()) return multiply_widened(out_MN, a_MK, b_NK);
-  const bool by_row = b_NK.inverse_scale.dim() == 2;
-  at::_scaled_mm_out(out_MN, a_MK.values_MK, b_NK.values_MK.t(), a_MK.inverse_scale,
-                     by_row ? b_NK.inverse_scale.t() : b_NK.inverse_scale, std::nullopt,
-                     std::nullopt, out_MN.scalar_type(), /*use_fast_accum=*/false);
+  if (out_MN.is_cpu()) return multiply_widened(out_MN, a_MK, b_NK, false);
+  multiply(product_of(out_MN, a_MK, b_NK));
+}
+
+bool multiply_wide(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK,
+                   bool accumulates) {
+  if (out_MN.scalar_type() != at::kFloat) return false;
+  check_product(out_MN, a_MK, b_NK);
+  const at::NoGradGuard no_grad;
+  Product product = product_of(out_MN, a_MK, b_NK);
+  product.accumulates = accumulates;
+  if (!out_MN.is_cpu()) return multiply_by_lt(product);
+  multiply_widened(out_MN, a_MK, b_NK, accumulates);
+  return true;
 }
 
 }  // namespace capstan::ops

@@ -76,9 +76,14 @@ void Fp8Linear::input_gradient(const Tensor& out_ND, const Tensor& grad_NO,
 void Fp8Linear::add_weight_gradient(param::GradSlot& slot, const Tensor& grad_NO,
                                     const Tensor& x_ND, const Projection& projection) {
   const at::NoGradGuard no_grad;
+  const Fp8Matrix grad_ON = cast(grad_NO, projection, kGradient, true, true);
+  const Fp8Matrix x_DN = cast(x_ND, projection, kInput, true, false);
+  if (multiply_wide(slot.buffer, grad_ON, x_DN, !slot.overwrite)) {
+    slot.overwrite = false;
+    return;
+  }
   const Tensor product_OD = at::empty({grad_NO.size(1), x_ND.size(1)}, grad_NO.options());
-  multiply_into(product_OD, cast(grad_NO, projection, kGradient, true, true),
-                cast(x_ND, projection, kInput, true, false));
+  multiply_into(product_OD, grad_ON, x_DN);
   param::add_to_slot(slot, product_OD);
 }
 

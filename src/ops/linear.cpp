@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "capstan/base/check.h"
+#include "capstan/ops/gemm.h"
 #include "capstan/ops/path.h"
 
 namespace capstan::ops {
@@ -16,9 +17,9 @@ Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.siz
 
 // A fresh [..., columns] tensor beside x, and its rows: results that are no views may be changed in
 // place by the next op.
-struct Product {
+struct FreshRows {
   Tensor whole, rows_NO;
-  Product(const Tensor& x, int64_t columns) {
+  FreshRows(const Tensor& x, int64_t columns) {
     std::vector<int64_t> sizes = x.sizes().vec();
     sizes.back() = columns;
     whole = at::empty(sizes, x.options().requires_grad(false));
@@ -45,20 +46,12 @@ bool multiplies_wide(const Tensor& buffer, const Tensor& factor) {
          (factor.scalar_type() == at::kBFloat16 || factor.scalar_type() == at::kHalf);
 }
 
-void add_wide_product(const param::GradSlot& slot, const Tensor& grad_ON, const Tensor& x_ND) {
-  Tensor buffer = slot.buffer;
-  if (slot.overwrite)
-    at::mm_out(buffer, grad_ON, x_ND, at::kFloat);
-  else
-    at::addmm_out(buffer, buffer, grad_ON, x_ND, at::kFloat);
-}
-
 }  // namespace
 
 void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
   const auto type = a.element_size() < b.element_size() ? b.scalar_type() : a.scalar_type();
   if (out.scalar_type() == type)
-    at::mm_out(out, a.to(type), b.to(type));
+    multiply({.out_MN = out, .a_MK = a.to(type), .b_KN = b.to(type)});
   else
     out.copy_(at::mm(a.to(type), b.to(type)));
 }
@@ -67,9 +60,9 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bi
   CAPSTAN_CHECK(x.size(-1) == weight_OD.size(1), "linear: input has {} features, weight needs {}",
                 x.size(-1), weight_OD.size(1));
   at::NoGradGuard no_grad;
-  Product y(x, weight_OD.size(0));
+  FreshRows y(x, weight_OD.size(0));
   if (bias_O.defined() && have_same_type(x, weight_OD) && have_same_type(x, bias_O)) {
-    at::addmm_out(y.rows_NO, bias_O, rows_of(x), weight_OD.t());
+    multiply({.out_MN = y.rows_NO, .a_MK = rows_of(x), .b_KN = weight_OD.t(), .bias_N = bias_O});
     return y.whole;
   }
   multiply_into(y.rows_NO, rows_of(x), weight_OD.t());
@@ -79,7 +72,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight_OD, const Tensor& bi
 
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
   at::NoGradGuard no_grad;
-  Product dx(grad, weight_OD.size(1));
+  FreshRows dx(grad, weight_OD.size(1));
   multiply_into(dx.rows_NO, rows_of(grad), weight_OD);
   return dx.whole;
 }
@@ -87,17 +80,11 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in) {
   at::NoGradGuard no_grad;
   const Tensor x_ND = x_in.to(grad_NO.scalar_type());
-  if (multiplies_wide(slot.buffer, grad_NO)) {
-    add_wide_product(slot, grad_NO.t(), x_ND);
-    slot.overwrite = false;
-  } else if (!have_same_type(slot.buffer, grad_NO)) {
-    param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
-  } else if (slot.overwrite) {
-    at::mm_out(slot.buffer, grad_NO.t(), x_ND);
-    slot.overwrite = false;
-  } else {
-    slot.buffer.addmm_(grad_NO.t(), x_ND);
-  }
+  if (!have_same_type(slot.buffer, grad_NO) && !multiplies_wide(slot.buffer, grad_NO))
+    return param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
+  multiply(
+      {.out_MN = slot.buffer, .a_MK = grad_NO.t(), .b_KN = x_ND, .accumulates = !slot.overwrite});
+  slot.overwrite = false;
 }
 
 Tensor linear_forward(const Tensor& x, const Projection& projection, bool with_bias,
@@ -107,7 +94,7 @@ Tensor linear_forward(const Tensor& x, const Projection& projection, bool with_b
   Fp8Linear* const fp8 = fp8_of(projection, mode);
   if (!fp8) return linear_forward(x, weight_OD, bias_O);
   at::NoGradGuard no_grad;
-  Product y(x, weight_OD.size(0));
+  FreshRows y(x, weight_OD.size(0));
   fp8->forward(y.rows_NO, rows_of(x), projection, mode.observes);
   if (bias_O.defined()) y.rows_NO.add_(bias_O);
   return y.whole;
@@ -118,7 +105,7 @@ Tensor linear_input_gradient(const Tensor& grad, const Projection& projection, L
   Fp8Linear* const fp8 = fp8_of(projection, mode);
   if (!fp8) return linear_input_gradient(grad, weight_OD);
   at::NoGradGuard no_grad;
-  Product dx(grad, weight_OD.size(1));
+  FreshRows dx(grad, weight_OD.size(1));
   fp8->input_gradient(dx.rows_NO, rows_of(grad), projection);
   return dx.whole;
 }

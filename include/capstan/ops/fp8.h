@@ -41,6 +41,11 @@ struct QuantiseOptions {
 // out [M, N] (bf16 or fp32) = a b^T: products summed in fp32, multiplied with the scales in fp32,
 // rounded once. b is e4m3; both have one scale or both a scale per row. Devices need K and N to be
 // multiples of 16, and out bf16 with scales per row.
-void multiply_into(Tensor out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK);
+void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK);
+// The same (+ out) in fp32, added before anything is rounded to 16 bits. False, and nothing done,
+// where out is not fp32 and on devices whose products are LibTorch's (gemm.h), which has no such
+// call.
+[[nodiscard]] bool multiply_wide(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK,
+                                 bool accumulates);
 
 }  // namespace capstan::ops

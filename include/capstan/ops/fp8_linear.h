@@ -51,7 +51,8 @@ class Fp8Linear {
                bool observes);
   // out [N, D] = dy W
   void input_gradient(const Tensor& out_ND, const Tensor& grad_NO, const Projection& projection);
-  // slot (+)= dy^T x, rounded to the type of dy before it is added. May run later in the step.
+  // slot (+)= dy^T x, summed in the slot's fp32; on a device without cuBLASLt (run.gemm: libtorch)
+  // the product is rounded to the type of dy before it is added. May run later in the step.
   void add_weight_gradient(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
                            const Projection& projection);
 

@@ -1,0 +1,19 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "capstan/ops/gemm.h"
+
+namespace capstan::ops {
+
+// What an algorithm may ask for: LibTorch's own limit on compute capability 9.0.
+inline constexpr int64_t kLtWorkspaceBytes = int64_t{32} << 20;
+
+void run_algorithm(LtApi& api, const LtProblem& problem, const LtAlgorithm& algorithm,
+                   const Product& product);
+
+// Of the library's candidates and, with has_rival, LibTorch; see Gemm::measure.
+[[nodiscard]] GemmChoice fastest(LtApi& api, const LtProblem& problem, bool has_rival);
+// A product of the problem on scratch memory, with numbers between -1 and 1.
+[[nodiscard]] Product scratch_product(const LtProblem& problem);
+
+}  // namespace capstan::ops

@@ -1,0 +1,92 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Which algorithm is fastest: candidates take turns, and the best round of each counts, so that a
+// clock that changes meanwhile does not decide.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "ops/gemm_internal.h"
+
+namespace capstan::ops {
+namespace {
+
+constexpr int kCandidates = 8, kRounds = 3, kRepeats = 8;
+
+at::ScalarType scalar_type_of(LtType type) {
+  constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn,
+                                       at::kFloat8_e5m2};
+  return kTypes[static_cast<size_t>(type)];
+}
+
+// Rows of the matrix seen transposed, at the distance that it has; as far from a rounder address as
+// the alignment says.
+Tensor scratch_matrix(const LtMatrix& matrix, int64_t alignment) {
+  const at::ScalarType type = scalar_type_of(matrix.type);
+  const auto size = static_cast<int64_t>(at::elementSize(type));
+  // Nothing computes in fp8.
+  const auto made =
+      at::TensorOptions().device(device::run_device()).dtype(size == 1 ? at::kBFloat16 : type);
+  const int64_t ahead = alignment < 16 ? alignment / size : 0;
+  const int64_t count = ahead + matrix.columns * matrix.leading;
+  Tensor lines = at::empty({count / matrix.leading + 1, matrix.leading}, made);
+  const Tensor row = at::arange(lines.size(0), made.dtype(at::kFloat)).mul_(0.7).sin_();
+  const Tensor column = at::arange(matrix.leading, made.dtype(at::kFloat)).mul_(0.3).cos_();
+  at::mul_out(lines, row.to(made.dtype()).unsqueeze(1), column.to(made.dtype()).unsqueeze(0));
+  const Tensor numbers = lines.view({-1}).narrow(0, 0, count).to(type);
+  return numbers.as_strided({matrix.columns, matrix.rows}, {matrix.leading, 1}, ahead);
+}
+
+Tensor turned(const Tensor& x, bool transposed) { return transposed ? x.t() : x; }
+
+Tensor scratch_scale(LtScale scale, int64_t rows) {
+  if (scale == LtScale::kNone) return {};
+  const auto real = at::TensorOptions().device(device::run_device()).dtype(at::kFloat);
+  return scale == LtScale::kRow ? at::ones({rows, 1}, real) : at::ones({1}, real);
+}
+
+}  // namespace
+
+Product scratch_product(const LtProblem& p) {
+  Product product{.out_MN = scratch_matrix(p.d, p.alignment),
+                  .a_MK = turned(scratch_matrix(p.b, p.alignment), p.b_transposed),
+                  .b_KN = turned(scratch_matrix(p.a, p.alignment), p.a_transposed),
+                  .accumulates = p.accumulates};
+  product.a_scale = scratch_scale(p.scale, p.d.columns);
+  product.b_scale = scratch_scale(p.scale, p.d.rows);
+  if (p.has_bias)
+    product.bias_N = scratch_matrix({p.d.type, p.d.rows, 1, p.d.rows}, p.alignment).view({-1});
+  return product;
+}
+
+GemmChoice fastest(LtApi& api, const LtProblem& problem, bool has_rival) {
+  const at::NoGradGuard no_grad;
+  const std::vector<LtAlgorithm> list = api.algorithms(problem, kCandidates, kLtWorkspaceBytes);
+  GemmChoice choice{.problem = problem, .algorithm = std::nullopt};
+  if (list.empty()) return choice;
+  const Product product = scratch_product(problem);
+  const device::Stream stream = device::accelerator()->current_stream();
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  std::vector<double> us(list.size(), kNever);
+  double libtorch_us = kNever;
+  // The first round loads kernels.
+  for (int round = 0; round <= kRounds; ++round) {
+    for (size_t i = 0; i < list.size(); ++i) {
+      const double taken =
+          api.time_us(stream, kRepeats, [&] { run_algorithm(api, problem, list[i], product); });
+      if (round > 0) us[i] = std::min(us[i], taken / kRepeats);
+    }
+    if (!has_rival) continue;
+    const double taken = api.time_us(stream, kRepeats, [&] { multiply_by_libtorch(product); });
+    if (round > 0) libtorch_us = std::min(libtorch_us, taken / kRepeats);
+  }
+  const auto best = static_cast<size_t>(std::min_element(us.begin(), us.end()) - us.begin());
+  choice.us = us[best];
+  if (has_rival) choice.libtorch_us = libtorch_us;
+  if (!has_rival || us[best] < libtorch_us) choice.algorithm = list[best];
+  return choice;
+}
+
+}  // namespace capstan::ops

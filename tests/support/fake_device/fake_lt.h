@@ -1,0 +1,52 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// cuBLASLt on the fake device: refuses what the library refuses or would compute wrongly with
+// (shapes, leading dimensions, types, layouts of fp8, alignment, scales, workspace, an algorithm of
+// another problem), computes from the definition, and tells times that a test chose.
+#pragma once
+#include <atomic>
+#include <functional>
+
+#include "capstan/ops/lt_api.h"
+
+namespace capstan::test {
+
+struct FakeLtOptions {
+  std::string identity = "fake device, cuBLASLt 0";
+  int algorithms = 3;  // of a problem; they sum in different orders
+  std::function<bool(const ops::LtProblem&)> has_algorithms = {};  // none: all
+  // What time_us tells.
+  std::function<double(const ops::LtProblem&, int algorithm)> us = [](const auto&, int algorithm) {
+    return 10.0 - algorithm;
+  };
+  double libtorch_us = 9;
+};
+
+class FakeLt final : public ops::LtApi {
+ public:
+  explicit FakeLt(FakeLtOptions options = {}) : options_(std::move(options)) {}
+
+  [[nodiscard]] std::string identity() override { return options_.identity; }
+  [[nodiscard]] std::vector<ops::LtAlgorithm> algorithms(const ops::LtProblem& problem, int most,
+                                                         int64_t workspace_bytes) override;
+  [[nodiscard]] bool is_valid(const ops::LtProblem& problem,
+                              const ops::LtAlgorithm& algorithm) override;
+  void multiply(const ops::LtProblem& problem, const ops::LtPointers& pointers,
+                const ops::LtAlgorithm& algorithm, device::Stream stream) override;
+  [[nodiscard]] double time_us(device::Stream stream, int repeats,
+                               const std::function<void()>& work) override;
+
+  [[nodiscard]] int64_t products() const { return products_; }      // outside of time_us
+  [[nodiscard]] int64_t timed() const { return timed_; }            // calls of time_us
+  [[nodiscard]] int64_t searches() const { return searches_; }      // calls of algorithms
+  [[nodiscard]] int last_algorithm() const { return last_index_; }  // of multiply
+
+ private:
+  [[nodiscard]] static int index_of(const ops::LtAlgorithm& algorithm);
+
+  FakeLtOptions options_;
+  std::atomic<int64_t> products_ = 0, timed_ = 0, searches_ = 0;
+  std::atomic<int> last_index_ = -1;
+};
+
+}  // namespace capstan::test
