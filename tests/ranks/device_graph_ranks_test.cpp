@@ -14,9 +14,11 @@
 #include "capstan/base/error.h"
 #include "capstan/comm/threads.h"
 #include "capstan/device/accelerator.h"
+#include "capstan/ops/device_kernels.h"
 #include "ranks/engine_fixture.h"
 #include "support/fake_device/device_ranks.h"
 #include "support/fake_device/fake_device.h"
+#include "support/fake_device/fake_kernels.h"
 
 namespace capstan::engine {
 namespace {
@@ -142,6 +144,35 @@ TEST(DeviceGraphRanks, StepsAreThoseWithoutIt) {
     EXPECT_EQ(graph.launches, kWatched * 2);
     EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(8);
   }
+}
+
+// Choices, counts and the states of routers, which are summed over the ranks, stay on the devices.
+TEST(DeviceGraphRanks, ExpertsAreLaunchedToo) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const char* layout :
+       {"parallel.zero.stage=1", "parallel.tensor=2", "parallel.pipeline.size=2",
+        "parallel.context={size: 2, method: all_to_all}"}) {
+    SCOPED_TRACE(layout);
+    TinyRun run{
+        .ranks = 2,
+        .overrides = {"model.family=moe", "model.experts.count=4", "model.experts.per_token=2",
+                      "model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
+                      "model.experts.auxiliary_loss=0.02", "model.experts.auxiliary_scope=global",
+                      "precision.compute=bf16", layout}};
+    const Trained plain = train_by(run);
+    run.graphs = true;
+    const Trained graph = train_by(run);
+    testing::expect_same_run(graph.run, plain.run, 0);
+    EXPECT_EQ(graph.run.hash, plain.run.hash);
+    EXPECT_EQ(graph.launches, kWatched * 2);
+    EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(8);
+    for (size_t step = 0; step < kSteps; ++step) {
+      ASSERT_EQ(graph.run.reports[step].experts.size(), plain.run.reports[step].experts.size());
+      EXPECT_EQ(graph.run.reports[step].experts[0].tokens,
+                plain.run.reports[step].experts[0].tokens);
+    }
+  }
+  ops::install_device_kernels(nullptr);
 }
 
 // Documents of 12 tokens, and on rank 1 of two from step 4 on: rank 0 runs that step as it is, too.
