@@ -121,6 +121,7 @@ struct Engine::Impl {
     const ops::GroupedChoice choice = ops::choose_grouped(experts_case(plan, device));
     if (choice.form != ops::GroupedForm::kGrouped)
       refuse_graph("experts that the host has to count: " + choice.reason);
+    if (counts_travellers(plan)) refuse_graph("rows that travel between experts in any number");
   }
 
   // Stochastic rounding asks for the index of each element.

@@ -25,14 +25,20 @@ ops::GroupedCase experts_case(const plan::Plan& plan, at::Device device) {
   return asked;
 }
 
+bool counts_travellers(const plan::Plan& plan) {
+  return plan.grid.sizes().ep > 1 && !plan.model().shape.experts.capacity_factor;
+}
+
 void log_experts(const plan::Plan& plan, at::Device device) {
   const ops::GroupedCase asked = experts_case(plan, device);
   const ops::GroupedChoice choice = ops::choose_grouped(asked);
-  const bool travels = plan.grid.sizes().ep > 1;
+  const bool is_counted = counts_travellers(plan);
   if (choice.form == ops::GroupedForm::kGrouped)
     return log::info("engine", "experts: one product for all of a layer{}",
-                     travels ? "; the host waits once per layer and pass for the rows that travel"
-                             : ", the host does not wait for their rows");
+                     is_counted
+                         ? "; the host waits once per layer and pass for the rows that travel, "
+                           "unless model.experts.capacity_factor bounds them"
+                         : ", the host does not wait for their rows");
   const bool is_narrow = at::elementSize(asked.dtype) == 2;
   log::write(is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
              fmt::format("experts: a product for each, and the host waits for their rows once per "

@@ -9,6 +9,8 @@ namespace capstan::engine {
 
 // Of the plan's experts on this rank's device; the plan has some.
 [[nodiscard]] ops::GroupedCase experts_case(const plan::Plan& plan, at::Device device);
+// Whether the host has to know how many rows travel between ranks.
+[[nodiscard]] bool counts_travellers(const plan::Plan& plan);
 void log_experts(const plan::Plan& plan, at::Device device);
 
 }  // namespace capstan::engine

@@ -63,6 +63,8 @@ struct ExpertPass {
   [[nodiscard]] Tensor load_SE(const Tensor& experts_Nk, at::ScalarType wide) const;
   [[nodiscard]] ops::RouterLoss loss(const ops::Routing& routing) const;
   [[nodiscard]] Tensor keep(const Tensor& experts_Nk) const;
+  // Rows of an expert for which an exchange of fixed sizes has room; 0 where there is none.
+  [[nodiscard]] int64_t room(bool is_grouped, bool drops) const;
   void report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
                       const ops::RouterLoss& loss, const Tensor& keep_Nk) const;
 };
@@ -107,6 +109,11 @@ Tensor ExpertPass::keep(const Tensor& experts_Nk) const {
   return ops::keep_within_capacity(experts_Nk, places.row_N, places.place_N, spec);
 }
 
+int64_t ExpertPass::room(bool is_grouped, bool drops) const {
+  if (!is_grouped || !drops || !cut.exchange_room) return 0;
+  return plan::expert_room(shape(), places.rows, places.row_length, cut.most_tokens);
+}
+
 void ExpertPass::report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
                                 const ops::RouterLoss& loss, const Tensor& keep_Nk) const {
   const auto wants = [&](const char* name) { return context.stats->wants(name); };
@@ -145,6 +152,14 @@ bool in_one_product(const ExpertInput& input, const Tensor& x_ND) {
   c.hidden = x_ND.size(1);
   c.features = e.intermediate_size;
   return ops::choose_grouped(c).form == ops::GroupedForm::kGrouped;
+}
+
+ops::RowGroups groups_of(const ExpertCut::Exchange& exchange, bool is_grouped, bool are_equal,
+                         at::Device device) {
+  if (!is_grouped) return {exchange.counts, {}};
+  if (!are_equal) return ops::with_ends(exchange.counts, device);
+  return ops::equal_groups(static_cast<int64_t>(exchange.counts.size()), exchange.counts.front(),
+                           device);
 }
 
 // The MLP of every expert held here, on rows in expert order.
@@ -192,15 +207,18 @@ Tensor run_experts(const Context& context, int layer, const Tensor& x_ND, const 
   }
   const Tensor weights_Nk = ops::router_weights(x_ND, input.router, routing, spec, loss);
   const bool is_grouped = in_one_product(input, x_ND);
-  const ops::ExpertOrder order = ops::order_by_expert(
-      routing.experts_Nk, keep_Nk, input.shape.count, /*on_device=*/is_grouped && !cut.exchange);
+  const int64_t room = pass.room(is_grouped, keep_Nk.defined());
+  ops::ExpertOrder order =
+      ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count,
+                           /*on_device=*/is_grouped && (!cut.exchange || room > 0));
+  if (room > 0) order = ops::with_room(order, routing.experts_Nk, room);
   const Tensor rows_RD = ops::permute_tokens(x_ND, order);
   if (!cut.exchange)
     return ops::combine_rows(expert_mlp(input, rows_RD, {order.counts_E, order.ends_E}), weights_Nk,
                              order);
-  const ExpertCut::Exchange exchange = cut.exchange(order.counts_E);
-  const ops::RowGroups groups = is_grouped ? ops::with_ends(exchange.counts, x_ND.device())
-                                           : ops::RowGroups{exchange.counts, {}};
+  const ExpertCut::Exchange exchange =
+      room > 0 ? cut.exchange_room(input.shape.count, room) : cut.exchange(order.counts_E);
+  const ops::RowGroups groups = groups_of(exchange, is_grouped, room > 0, x_ND.device());
   const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), groups));
   return ops::combine_rows(y_RD, weights_Nk, order);
 }

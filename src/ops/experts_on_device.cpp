@@ -128,7 +128,9 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
 
 Tensor permute_tokens(const Tensor& x_in, const ExpertOrder& order) {
   const Tensor x_ND = x_in.contiguous();
-  const Tensor rows_RD = at::empty({order.slot_R.numel(), x_ND.size(1)}, x_ND.options());
+  const Tensor rows_RD = order.padded_rows > 0
+                             ? at::zeros({order.padded_rows, x_ND.size(1)}, x_ND.options())
+                             : at::empty({order.slot_R.numel(), x_ND.size(1)}, x_ND.options());
   if (rows_RD.numel() == 0) return rows_RD;
   device_kernels()->permute_tokens({.shape = shape_of(x_ND, order.place_Nk),
                                     .x = x_ND.const_data_ptr(),
@@ -152,12 +154,13 @@ Tensor sum_of_rows(const Tensor& rows_in, const Tensor& weights_in, const Tensor
 }
 
 Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tensor& weights_in,
-                        const Tensor& place_Nk) {
+                        const ExpertOrder& order) {
   const Tensor grad_ND = grad_in.contiguous(), rows_RD = rows_in.contiguous();
-  const Tensor weights_Nk = weights_in.contiguous(), drows_RD = at::empty_like(rows_RD);
+  const Tensor weights_Nk = weights_in.contiguous();
+  const Tensor drows_RD = order.padded_rows > 0 ? at::zeros_like(rows_RD) : at::empty_like(rows_RD);
   if (rows_RD.numel() == 0) return {drows_RD, at::zeros_like(weights_Nk)};
   const Tensor dweights_Nk = at::empty_like(weights_Nk);
-  device_kernels()->combine_rows_backward({.shape = shape_of(rows_RD, place_Nk),
+  device_kernels()->combine_rows_backward({.shape = shape_of(rows_RD, order.place_Nk),
                                            .grad = grad_ND.const_data_ptr(),
                                            .rows = rows_RD.const_data_ptr(),
                                            .weights = weights_Nk.const_data_ptr(),

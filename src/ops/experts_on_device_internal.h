@@ -29,6 +29,6 @@ void fill_routing(Routing& routing, const Tensor& bias_E, const RouterSpec& spec
                                  const Tensor& place_Nk);
 // Gradients of the rows and of the weights.
 [[nodiscard]] Tensors split_gradients(const Tensor& grad_ND, const Tensor& rows_RD,
-                                      const Tensor& weights_Nk, const Tensor& place_Nk);
+                                      const Tensor& weights_Nk, const ExpertOrder& order);
 
 }  // namespace capstan::ops::on_device

@@ -98,6 +98,12 @@ RowGroups with_ends(std::vector<int64_t> counts, c10::Device device) {
   return {std::move(counts), ends.to(device, at::kInt, /*non_blocking=*/true)};
 }
 
+RowGroups equal_groups(int64_t groups, int64_t rows, c10::Device device) {
+  const auto ints = at::TensorOptions().dtype(at::kInt).device(device);
+  return {std::vector<int64_t>(static_cast<size_t>(groups), rows),
+          at::arange(1, groups + 1, ints) * rows};
+}
+
 Tensor grouped_linear(const Tensor& x_RD, std::span<const Projection> list,
                       const RowGroups& groups) {
   const Projections projections(list.begin(), list.end());

@@ -123,8 +123,7 @@ Tensors split_reference(const Tensor& grad_ND, const Tensor& rows_RD, const Tens
 
 Tensors split_gradients(const Tensor& grad_in, const Tensor& rows_in, const Tensor& weights_in,
                         const ExpertOrder& order, Path form) {
-  if (form == Path::kDevice)
-    return on_device::split_gradients(grad_in, rows_in, weights_in, order.place_Nk);
+  if (form == Path::kDevice) return on_device::split_gradients(grad_in, rows_in, weights_in, order);
   const Tensor slot_R = order.slot_R;
   if (form == Path::kReference) return split_reference(grad_in, rows_in, weights_in, slot_R);
   const Tensor grad_ND = grad_in.contiguous(), rows_RD = rows_in.contiguous();
@@ -187,6 +186,22 @@ ExpertOrder order_by_expert(const Tensor& experts_in, const Tensor& keep_in, int
   return order;
 }
 
+ExpertOrder with_room(const ExpertOrder& order, const Tensor& experts_Nk, int64_t room) {
+  CAPSTAN_CHECK(order.ends_E.defined(), "room for rows that the host has counted");
+  const int64_t experts = order.ends_E.numel();
+  const auto longs = order.place_Nk.options();
+  // How far the rows of each expert move.
+  Tensor shift_E = at::arange(experts, longs) * room;
+  shift_E.narrow(0, 1, experts - 1).sub_(order.ends_E.narrow(0, 0, experts - 1));
+  const Tensor moved_Nk =
+      order.place_Nk + shift_E.index_select(0, experts_Nk.flatten()).view_as(order.place_Nk);
+  ExpertOrder spread = order;
+  spread.place_Nk = at::where(order.place_Nk.lt(0), order.place_Nk, moved_Nk);
+  spread.ends_E = at::arange(1, experts + 1, longs.dtype(at::kInt)) * room;
+  spread.padded_rows = experts * room;
+  return spread;
+}
+
 Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
   const Path form = path_of(x_ND);
   const int64_t k = order.place_Nk.size(1);
@@ -213,9 +228,10 @@ Tensor permute_tokens(const Tensor& x_ND, const ExpertOrder& order) {
 Tensor combine_rows(const Tensor& y_RD, const Tensor& weights_in, const ExpertOrder& order) {
   const Path form = path_of(y_RD);
   check_form(order, form);
-  CAPSTAN_CHECK(y_RD.dim() == 2 && y_RD.size(0) == order.slot_R.numel() &&
-                    weights_in.sizes() == order.place_Nk.sizes(),
-                "combine: {} rows for an order of {}", y_RD.size(0), order.slot_R.numel());
+  const int64_t rows = order.padded_rows > 0 ? order.padded_rows : order.slot_R.numel();
+  CAPSTAN_CHECK(
+      y_RD.dim() == 2 && y_RD.size(0) == rows && weights_in.sizes() == order.place_Nk.sizes(),
+      "combine: {} rows for an order of {}", y_RD.size(0), rows);
   CAPSTAN_CHECK(weights_in.scalar_type() == wide_dtype(y_RD),
                 "combine: weights of {} for rows of {}", c10::toString(weights_in.scalar_type()),
                 c10::toString(y_RD.scalar_type()));

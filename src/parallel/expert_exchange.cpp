@@ -40,9 +40,29 @@ struct Route {
     return x_RD;
   }
 };
-using RoutePointer = std::shared_ptr<const Route>;
 
-Tensor travel(const RoutePointer& route, const Tensor& x, bool is_out) {
+// Every expert has room for as many rows of every rank, most of them padding.
+struct FixedRoute {
+  comm::Communicator group;
+  int64_t held, room;  // experts on a rank, rows of each from a rank
+
+  [[nodiscard]] Tensor exchange(const Tensor& leaving) const {
+    const Tensor arrived = at::empty_like(leaving);
+    group.all_to_all(arrived, leaving).wait();
+    return arrived;
+  }
+  [[nodiscard]] Tensor out(const Tensor& x_RD) const {
+    const Tensor by_rank = x_RD.contiguous().view({group.size(), held, room, x_RD.size(1)});
+    return exchange(by_rank).transpose(0, 1).reshape({-1, x_RD.size(1)});
+  }
+  [[nodiscard]] Tensor back(const Tensor& y_QD) const {
+    const Tensor by_expert = y_QD.view({held, group.size(), room, y_QD.size(1)});
+    return exchange(by_expert.transpose(0, 1).contiguous()).view({-1, y_QD.size(1)});
+  }
+};
+
+template <class AnyRoute>
+Tensor travel(const std::shared_ptr<AnyRoute>& route, const Tensor& x, bool is_out) {
   Tensor y;
   {
     at::NoGradGuard no_grad;
@@ -99,6 +119,16 @@ nn::ExpertCut::Exchange exchange_over(const comm::Communicator& group,
   auto route = std::make_shared<Route>(
       Route{group, row_sums(leaving_pe), row_sums(arriving_pe), arrivals_by_expert(arriving_pe)});
   return {.counts = row_sums(arriving_pe.t()),
+          .out = [route](const Tensor& x_RD) { return travel(route, x_RD, true); },
+          .back = [route](const Tensor& y_QD) { return travel(route, y_QD, false); }};
+}
+
+nn::ExpertCut::Exchange exchange_room_over(const comm::Communicator& group, int64_t experts,
+                                           int64_t room) {
+  const int64_t ranks = group.size();
+  CAPSTAN_CHECK(experts % ranks == 0, "{} experts over {} ranks", experts, ranks);
+  const auto route = std::make_shared<const FixedRoute>(FixedRoute{group, experts / ranks, room});
+  return {.counts = std::vector<int64_t>(static_cast<size_t>(experts / ranks), ranks * room),
           .out = [route](const Tensor& x_RD) { return travel(route, x_RD, true); },
           .back = [route](const Tensor& y_QD) { return travel(route, y_QD, false); }};
 }

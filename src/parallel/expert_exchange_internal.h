@@ -13,4 +13,9 @@ namespace capstan::parallel {
 [[nodiscard]] nn::ExpertCut::Exchange exchange_over(const comm::Communicator& group,
                                                     const std::vector<int64_t>& counts_E);
 
+// Rows [E, room, D] to the ranks of their experts, one all_to_all each way; there they come as
+// [experts here, ranks, room, D]. Collective over: group.
+[[nodiscard]] nn::ExpertCut::Exchange exchange_room_over(const comm::Communicator& group,
+                                                         int64_t experts, int64_t room);
+
 }  // namespace capstan::parallel

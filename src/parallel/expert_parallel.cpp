@@ -109,6 +109,11 @@ nn::ExpertCut cut_of(const ExpertParallel& layout, int64_t part) {
     cut.exchange = [expert](const std::vector<int64_t>& counts_E) {
       return exchange_over(expert, counts_E);
     };
+  if (expert.size() > 1)
+    cut.exchange_room = [expert](int64_t experts, int64_t room) {
+      return exchange_room_over(expert, experts, room);
+    };
+  cut.most_tokens = part;
   return cut;
 }
 

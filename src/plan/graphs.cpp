@@ -18,8 +18,9 @@ void check_graphs(Draft& draft) {
   const std::string not_yet = " is not in this build";
   refuse(r.run.device == "cpu", "graphs are a GPU's", "Set run.device: cuda");
   if (r.model.experts.count > 0) {
-    refuse(r.parallel.expert > 1, "the host counts the rows that travel between experts",
-           "Set parallel.expert: 1");
+    refuse(r.parallel.expert > 1 && !r.model.experts.capacity_factor,
+           "the host counts the rows that travel between experts without a capacity",
+           "Set parallel.expert: 1, or model.experts.capacity_factor");
     if (const auto obstacle = grouped_obstacle(r))
       refuse(true, "the host counts the rows of experts, as " + obstacle->why, obstacle->fix);
   }

@@ -48,6 +48,8 @@ ActivationQuery activation_query(const Plan& plan) {
   query.overlap = plan.resolved.parallel.sequence_overlap;
   if (plan.resolved.run.device == "cuda" && !grouped_obstacle(plan.resolved))
     query.grouped_experts = plan.model().shape.experts.count / grid.ep;
+  query.exchanged_rows = exchanged_rows(plan.resolved, plan.model().shape, plan.batch,
+                                        (query.tokens + grid.tp - 1) / grid.tp);
   return query;
 }
 

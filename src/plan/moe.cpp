@@ -148,6 +148,11 @@ int64_t expert_capacity(const ExpertShape& experts, int64_t row_tokens) {
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(most, 1e15)), 1, row_tokens);
 }
 
+int64_t expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens, int64_t tokens) {
+  CAPSTAN_CHECK(experts.capacity_factor.has_value(), "room for experts without a capacity");
+  return std::min(saturating_multiply(rows, expert_capacity(experts, row_tokens)), tokens);
+}
+
 int64_t count_active_parameters(const ModelShape& shape, const std::vector<ParamSpec>& table) {
   int64_t count = 0, experts = 0;
   for (const ParamSpec& spec : table) (spec.expert >= 0 ? experts : count) += numel(spec.shape);

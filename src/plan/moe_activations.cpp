@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one pass of an expert layer keeps and needs. The attention half, the embedding and the head
 // are llama's. Rows that experts compute are counted as if the load were even: the rank's tokens x
-// per_token, wherever they come from; an expert-parallel rank that gets more keeps more.
+// per_token, wherever they come from; an expert-parallel rank that gets more keeps more. Exchanges
+// of fixed sizes have room for as many rows everywhere.
 #include <algorithm>
 #include <map>
 
@@ -148,7 +149,9 @@ ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQu
   rest.intermediate_size = 0;
   ActivationBytes bytes = llama_activation_bytes(rest, query);
   const size_t before = bytes.terms.size();
-  const int64_t rows = saturating_multiply(routed_tokens(query), shape.experts.per_token);
+  const int64_t rows = query.exchanged_rows > 0
+                           ? query.exchanged_rows
+                           : saturating_multiply(routed_tokens(query), shape.experts.per_token);
   Terms terms{bytes.terms};
   for (terms.phase = kFirstPhase; terms.phase <= kLastPhase; ++terms.phase) {
     terms.part = Part::kLayerWorkspace;

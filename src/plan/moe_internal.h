@@ -6,6 +6,7 @@
 #include <string>
 
 #include "capstan/plan/family.h"
+#include "capstan/plan/plan.h"
 
 namespace capstan::plan {
 
@@ -22,5 +23,9 @@ struct GroupedObstacle {
   std::string why, fix;
 };
 [[nodiscard]] std::optional<GroupedObstacle> grouped_obstacle(const recipe::Recipe& recipe);
+// Rows of all experts for which the exchange of a rank with `tokens` of a micro-batch has room;
+// 0 where rows travel in numbers that the host counts, or not at all.
+[[nodiscard]] int64_t exchanged_rows(const recipe::Recipe& recipe, const ModelShape& shape,
+                                     const BatchPlan& batch, int64_t tokens);
 
 }  // namespace capstan::plan

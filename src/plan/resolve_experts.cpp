@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "capstan/base/bytes.h"
+#include "capstan/plan/experts.h"
 #include "plan/moe_internal.h"
 #include "plan/resolve_internal.h"
 #include "plan/saturate_internal.h"
@@ -92,6 +93,15 @@ std::optional<GroupedObstacle> grouped_obstacle(const recipe::Recipe& r) {
   return GroupedObstacle{
       "experts are multiplied in one product if their sizes are multiples of 8",
       "Set model.hidden_size and model.experts.intermediate_size to multiples of 8"};
+}
+
+int64_t exchanged_rows(const recipe::Recipe& r, const ModelShape& shape, const BatchPlan& batch,
+                       int64_t tokens) {
+  const bool is_fixed = r.run.device == "cuda" && r.parallel.expert > 1 &&
+                        shape.experts.capacity_factor && !grouped_obstacle(r);
+  if (!is_fixed) return 0;
+  return saturating_multiply(shape.experts.count, expert_room(shape.experts, batch.micro_samples,
+                                                              batch.sequence_length, tokens));
 }
 
 }  // namespace capstan::plan

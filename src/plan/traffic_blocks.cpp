@@ -12,6 +12,7 @@
 
 #include "capstan/base/bytes.h"
 #include "capstan/plan/experts.h"
+#include "plan/moe_internal.h"
 #include "plan/traffic_internal.h"
 
 namespace capstan::plan {
@@ -272,7 +273,8 @@ class BlockCount {
     }
   }
 
-  // Rows for the experts as if the load were even: who gets how many is decided by the router.
+  // Rows for the experts: as many as they have room for, or as if the load were even, since who
+  // gets how many is decided by the router.
   void experts(const Runs& runs, bool live, bool trains) {
     const int64_t row = shape_.hidden_size * compute_;
     int64_t tokens = kept_;
@@ -281,9 +283,10 @@ class BlockCount {
       const int64_t calls = runs.forwards + (live ? runs.backwards : 0);
       count_.add(Axis::kTp, "all_gather", calls, saturating_multiply(tokens, row));
     }
-    const int64_t rows = saturating_multiply(tokens, shape_.experts.per_token);
     const int64_t backwards = (live || trains ? runs.backwards : 0) + (live ? runs.backwards : 0);
-    count_.add(Axis::kEp, "all_to_all_v", 2 * runs.forwards + backwards,
+    const int64_t fixed = exchanged_rows(plan_.resolved, shape_, plan_.batch, tokens);
+    const int64_t rows = fixed > 0 ? fixed : saturating_multiply(tokens, shape_.experts.per_token);
+    count_.add(Axis::kEp, fixed > 0 ? "all_to_all" : "all_to_all_v", 2 * runs.forwards + backwards,
                saturating_multiply(rows, row));
   }
 

@@ -16,6 +16,7 @@
 #include "capstan/ops/device_kernels.h"
 #include "engine/experts_note_internal.h"
 #include "ranks/engine_fixture.h"
+#include "support/fake_device/device_ranks.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
 
@@ -113,6 +114,7 @@ class OnTheCpu : public ::testing::Environment {
   void SetUp() override {
     for (const auto& [name, overrides] : cases())
       runs()[name] = train_ahead({.overrides = overrides}, 2);
+    runs()["capacity, applied"] = train_ahead({.overrides = cases().at("capacity")});
     test::install_fake_device();
     ops::install_device_kernels(&test::fake_kernels());
   }
@@ -184,6 +186,50 @@ TEST(DeviceExperts, LaunchedStepsAreThoseWithoutGraphs) {
       expect_same_loads(graph.run.reports[i], plain.run.reports[i]);
     for (const auto& [entry, state] : plain.routers)
       EXPECT_TRUE(graph.routers.at(entry).equal(state)) << entry;
+  }
+}
+
+struct Spread {
+  int ranks;
+  Overrides layout;
+};
+std::vector<Spread> spreads() {
+  const std::string shards = "parallel.zero.stage=1";
+  return {{2, {"parallel.expert=2", shards}},
+          {2, {"parallel.expert=2", "parallel.tensor=2"}},
+          {2, {"parallel.expert=2", "parallel.tensor=2", "parallel.sequence=true"}},
+          {4,
+           {"parallel.expert=4", "parallel.context.size=2", "parallel.context.method=all_to_all",
+            shards}}};
+}
+
+// Rows that a capacity bounds travel between ranks in exchanges of one size.
+TEST(DeviceExperts, RowsOfACapacityTravelWithoutTheHost) {
+  const Trained& want = OnTheCpu::runs().at("capacity, applied");
+  for (const Spread& spread : spreads()) {
+    SCOPED_TRACE(spread.layout.back());
+    TinyRun run{.ranks = spread.ranks, .overrides = cases().at("capacity")};
+    run.overrides.insert(run.overrides.end(), spread.layout.begin(), spread.layout.end());
+    const plan::Plan plan = testing::make_tiny_plan(run);
+    test::run_device_ranks(spread.ranks, [&](comm::Communicator world) {
+      const test::BackwardOnThisThread here;
+      mesh::Mesh mesh(world, plan.grid);
+      Engine engine(plan, mesh);
+      int64_t waits = 0;
+      for (int step = 0; step < kSteps; ++step) {
+        if (step == 1) waits = -test::host_syncs_of_thread();
+        const auto batches =
+            make_batches(plan, mesh.grid().data_parallel_index(world.rank()), step);
+        engine.start_step(batches, *make_next_token_objective());
+        if (step == kSteps - 1) waits += test::host_syncs_of_thread();
+        const StepReport got = engine.finish_step();
+        const StepReport& expected = want.run.reports.at(static_cast<size_t>(step));
+        EXPECT_NEAR(got.loss, expected.loss, 1e-9);
+        EXPECT_NEAR(got.grad_norm, expected.grad_norm, 1e-9);
+        expect_same_loads(got, expected);
+      }
+      EXPECT_EQ(waits, 0) << test::last_host_syncs(waits);
+    });
   }
 }
 

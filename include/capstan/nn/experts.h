@@ -45,6 +45,10 @@ struct ExpertCut {
     std::function<Tensor(const Tensor&)> back;
   };
   std::function<Exchange(const std::vector<int64_t>& counts_E)> exchange;
+  // The same with room for as many rows of every expert on every rank: no rank has to know how many
+  // there are. Beside `exchange`.
+  std::function<Exchange(int64_t experts, int64_t room)> exchange_room;
+  int64_t most_tokens = 0;  // of a rank
 };
 
 // x [N, D] -> sum over the chosen experts, [N, D]. Auxiliary losses enter as gradients of the

@@ -20,6 +20,8 @@ struct RowGroups {
 };
 // The ends of counts that the host knows, queued to the device.
 [[nodiscard]] RowGroups with_ends(std::vector<int64_t> counts, c10::Device device);
+// Runs of as many rows each.
+[[nodiscard]] RowGroups equal_groups(int64_t groups, int64_t rows, c10::Device device);
 
 // x [R, D] -> [R, O]. No biases. Every weight gets its gradient in every backward, also from no
 // rows, so that ranks agree on the passes. Rows behind the last end are not read, and hold anything

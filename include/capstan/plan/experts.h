@@ -32,6 +32,11 @@ struct ExpertNames {
 // least 1; row_tokens when nothing is dropped.
 [[nodiscard]] int64_t expert_capacity(const ExpertShape& experts, int64_t row_tokens);
 
+// Most rows of an expert that a rank with these rows and tokens of them can have to hand over: what
+// fixed exchanges have room for. Only with a capacity.
+[[nodiscard]] int64_t expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens,
+                                  int64_t tokens);
+
 // Parameters that one token meets: of the experts, per_token of count.
 [[nodiscard]] int64_t count_active_parameters(const ModelShape& shape,
                                               const std::vector<ParamSpec>& table);

@@ -98,6 +98,7 @@ struct ActivationQuery {
   RemadeParts remade;           // counted as workspace while they are back
   bool overlap = false;         // rows cut over the tensor axis travel part by part
   int64_t grouped_experts = 0;  // of the rank, whose weight gradients are one product; 0 = one each
+  int64_t exchanged_rows = 0;   // that its experts have room for; 0 = tokens x per_token
 };
 // One tensor (or group) behind the sums, in words, for reports and for comparing with measurements.
 struct ActivationTerm {

@@ -376,6 +376,34 @@ TEST(MoePlan, GraphsNeedRowsThatTheHostDoesNotCount) {
   EXPECT_THAT(why("model.experts.intermediate_size=20"), HasSubstr("multiples of 8"));
 }
 
+// Room for what a capacity lets each rank hand over to each expert.
+TEST(MoePlan, ExchangesOfACapacityHaveOneSize) {
+  const ExpertShape e{.count = 8, .per_token = 2, .capacity_factor = 1.5};
+  EXPECT_EQ(expert_room(e, 4, 100, 400), 4 * 38);  // ceil(1.5 x 100 x 2 / 8)
+  EXPECT_EQ(expert_room(e, 4, 100, 50), 50);       // a rank with few of the tokens
+  Topology gpus = testing::machine(2);
+  gpus.device = "cuda";
+  const auto traffic = [&](std::vector<std::string> more) {
+    more.insert(more.end(),
+                {"precision.compute=bf16", "parallel.expert=2", "parallel.zero.stage=1"});
+    const Plan plan = testing::plan_of(resolved_moe(more), gpus);
+    std::map<std::string, int64_t> bytes;
+    for (const auto& [key, entry] : plan.traffic)
+      if (key.starts_with("ep/")) bytes[key] = entry.bytes / entry.calls;
+    return std::pair(bytes, plan);
+  };
+  const auto [counted, plan] = traffic({});
+  const ModelShape& s = plan.model().shape;
+  const int64_t tokens = plan.batch.micro_samples * plan.batch.sequence_length;
+  EXPECT_EQ(counted, (std::map<std::string, int64_t>{
+                         {"ep/all_to_all_v", tokens * s.experts.per_token * s.hidden_size * 2}}));
+  const auto [fixed, same] = traffic({"model.experts.capacity_factor=1.0"});
+  const int64_t room = expert_room(same.model().shape.experts, plan.batch.micro_samples,
+                                   plan.batch.sequence_length, tokens);
+  EXPECT_EQ(fixed, (std::map<std::string, int64_t>{
+                       {"ep/all_to_all", s.experts.count * room * s.hidden_size * 2}}));
+}
+
 // The weight gradients of all experts at once, instead of one after the other.
 TEST(MoePlan, OneProductForAllExpertsIsCounted) {
   const ModelShape s = qwen_moe();
