@@ -29,6 +29,7 @@ struct Block {
   size_t bytes = 0, asked_bytes = 0;
   int stream = 0;
   std::thread::id owner;  // who allocated it
+  int64_t allocation = 0;
   bool is_free = false;
   int pool = 0;
   bool is_of_graph = false;  // allocated during a capture: stays
@@ -64,6 +65,7 @@ class Memory {
     if (block == blocks_.end()) block = take_new(bytes, stream, pool);
     block->second.is_free = false;
     block->second.owner = std::this_thread::get_id();
+    block->second.allocation = ++allocations_;
     // Tensors of a graph that take turns in a block all write to it in a launch.
     block->second.asked_bytes =
         block->second.is_of_graph ? std::max(block->second.asked_bytes, asked_bytes) : asked_bytes;
@@ -119,17 +121,17 @@ class Memory {
     Snapshot saved;
     for (const auto& [begin, block] : blocks_)
       if (block.is_mine())
-        saved.emplace(begin, std::vector<char>(host_ + begin, host_ + begin + block.bytes));
+        saved[begin] = {block.allocation, {host_ + begin, host_ + begin + block.bytes}};
     return saved;
   }
   void restore(const Snapshot& saved) {
     for (const auto& [begin, block] : blocks_) {
       if (!block.is_mine()) continue;
       const auto found = saved.find(begin);
-      if (found == saved.end())
+      if (found == saved.end() || found->second.allocation != block.allocation)
         std::memset(host_ + begin, kNaNByte, block.bytes);
       else
-        std::memcpy(host_ + begin, found->second.data(), block.bytes);
+        std::memcpy(host_ + begin, found->second.bytes.data(), block.bytes);
     }
   }
 
@@ -198,7 +200,8 @@ class Memory {
   size_t used_ = 0, reserved_ = 0, allocated_ = 0, peak_ = 0, limit_ = kRangeBytes;
   Blocks blocks_;
   std::multimap<std::tuple<int, int, size_t>, size_t> free_;  // pool, stream, bytes -> offset
-  std::map<int, int> graphs_;                                 // of a pool
+  int64_t allocations_ = 0;
+  std::map<int, int> graphs_;  // of a pool
 };
 
 Memory& memory() {

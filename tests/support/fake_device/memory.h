@@ -44,7 +44,11 @@ device::DeviceMemory memory_stats();
 void reset_peak();
 // The memory that this thread allocated, and the way back to it: what was allocated since becomes
 // NaN.
-using Snapshot = std::map<size_t, std::vector<char>>;  // by the block's place
+struct Saved {
+  int64_t allocation = 0;  // which one of all
+  std::vector<char> bytes;
+};
+using Snapshot = std::map<size_t, Saved>;  // by the block's place
 [[nodiscard]] Snapshot snapshot();
 void restore(const Snapshot& blocks);
 

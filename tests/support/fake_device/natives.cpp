@@ -195,6 +195,11 @@ at::Tensor& scaled_mm_out(const at::Tensor& a, const at::Tensor& b, const at::Te
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   TORCH_CHECK(!bias && !scale_result && out_dtype == out.scalar_type(), "_scaled_mm: not imitated");
   check_scaled_mm(a, b, scale_a, scale_b, out);
+  if (is_capturing())
+    record_for_graph([a = unowned(a), b = unowned(b), scale_a = unowned(scale_a),
+                      scale_b = unowned(scale_b), out_dtype, out = unowned(out)]() mutable {
+      scaled_mm_out(a, b, scale_a, scale_b, {}, {}, out_dtype, false, out);
+    });
   const Access now = begin_op("_scaled_mm");
   note({{a, false}, {b, false}, {scale_a, false}, {scale_b, false}, {out, true}}, now);
   const auto wide = [](const at::Tensor& x) { return host_view(x).to(at::kDouble); };
