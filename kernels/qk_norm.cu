@@ -4,7 +4,8 @@
 // out = y turned. Backward: g = grad turned back, d = g w, h = x r; dx = r (d - h mean(d h)),
 // dw = sum g h in two passes. A warp per head; a lane holds both numbers of its pairs.
 // Memory per element: forward one read, one write; backward two reads, one write. Reference:
-// tests/kernels/qk_norm_test.cpp, src/ops/rope.cpp for the pairs.
+// src/ops/qk_norm.cpp, tests/kernels/qk_norm_test.cpp. A lane reads all of its pairs before it writes
+// them, so results may take the place of inputs.
 #include "capstan/kernels/qk_norm.h"
 
 #include "reduce.cuh"

@@ -103,7 +103,12 @@ DecoderLayer::DecoderLayer(const plan::ModelShape& shape, const ModelOptions& op
       post_norm_D(params.weight("post_attention_layernorm")),
       qkv(params.projection({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
                             shape.attention_bias)),
-      o(params.projection({"self_attn.o_proj"}, shape.attention_bias)) {}
+      o(params.projection({"self_attn.o_proj"}, shape.attention_output_bias)) {
+  if (!shape.qk_norm) return;
+  attention.qk_norm = {.q_weight_H = params.weight("self_attn.q_norm"),
+                       .k_weight_H = params.weight("self_attn.k_norm"),
+                       .eps = shape.rms_norm_eps};
+}
 
 BlockIO DecoderLayer::forward(const Context& context, Seams& seams, const BlockIO& in) const {
   const auto norm = [&](const Tensor& residual, const Tensor& hidden, const Param& weight_D) {

@@ -79,11 +79,13 @@ Tensor Seams::turn_heads(const Context& context, int layer, const Tensor& qkv_BT
   const param::RowMap& rows = rows_of(context);
   CAPSTAN_CHECK(rows.positions_are_rows || rows.positions_BT.defined(),
                 "layer {}: positions are neither rows nor given", layer);
-  return ops::rope(qkv_BTX, rows.positions_are_rows ? Tensor() : rows.positions_BT,
-                   {.theta = in.rope_theta,
-                    .head_size = in.head_size,
-                    .heads = in.query_heads + in.key_value_heads,
-                    .length = in.max_positions});
+  const Tensor positions_BT = rows.positions_are_rows ? Tensor() : rows.positions_BT;
+  const ops::RopeSpec rope{.theta = in.rope_theta,
+                           .head_size = in.head_size,
+                           .heads = in.query_heads + in.key_value_heads,
+                           .length = in.max_positions};
+  if (!in.qk_norm) return ops::rope(qkv_BTX, positions_BT, rope);
+  return ops::qk_norm_rope(qkv_BTX, positions_BT, in.qk_norm, in.query_heads, rope);
 }
 
 Tensor Seams::attend(const Context& context, int layer, const Tensor& qkv_BTX,

@@ -18,6 +18,7 @@
 #include "ops/cpu/dtypes.h"
 #include "ops/cpu/rope_kernels.h"
 #include "ops/on_device_internal.h"
+#include "ops/rope_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -49,23 +50,14 @@ bool comes_before(const TableKey& a, const TableKey& b) {
   return key(a) < key(b);
 }
 
-void rotate_reference(const Tensor& x, const Tensor& positions, const RopeTable& table,
-                      const RopeSpec& spec, bool backward) {
-  const int64_t half = spec.head_size / 2, tokens = x.size(1);
-  const Tensor index = positions.defined()
-                           ? positions.to(at::kLong)
-                           : at::arange(tokens, x.options().dtype(at::kLong)).unsqueeze(0);
-  const Tensor cos = table.cos.index({index}).unsqueeze(2);  // B T 1 H/2
-  const Tensor sin = table.sin.index({index}).unsqueeze(2) * (backward ? -1 : 1);
-  Tensor heads = x.narrow(2, 0, spec.heads * spec.head_size)
-                     .view({x.size(0), tokens, spec.heads, spec.head_size});
-  const Tensor wide = heads.to(table.cos.scalar_type());
-  const Tensor a = wide.narrow(-1, 0, half), b = wide.narrow(-1, half, half);
-  heads.copy_(at::cat({a * cos - b * sin, b * cos + a * sin}, -1));
+void rotate_reference(const Tensor& x, const RopeInput& rope, const RopeSpec& spec, bool backward) {
+  const Tensor heads = x.narrow(2, 0, spec.heads * spec.head_size)
+                           .view({x.size(0), x.size(1), spec.heads, spec.head_size});
+  heads.copy_(turned_heads(heads.to(rope.table.cos.scalar_type()), rope, backward));
 }
 
-void rotate_on_device(const Tensor& x, const Tensor& positions, const RopeTable& table,
-                      const RopeSpec& spec, bool backward) {
+void rotate_on_device(const Tensor& x, const RopeInput& rope, const RopeSpec& spec, bool backward) {
+  const auto& [positions, table] = rope;
   device_kernels()->rope(
       {.dtype = *on_device::dtype_of(x),
        .x = x.mutable_data_ptr(),
@@ -81,14 +73,13 @@ void rotate_on_device(const Tensor& x, const Tensor& positions, const RopeTable&
       on_device::stream());
 }
 
-void rotate(const Tensor& x, const Tensor& positions, const RopeTable& table, const RopeSpec& spec,
-            bool backward) {
+void rotate(const Tensor& x, const RopeInput& rope, const RopeSpec& spec, bool backward) {
   at::NoGradGuard no_grad;
   const Path form = path_of(x);
-  if (form == Path::kDevice) return rotate_on_device(x, positions, table, spec, backward);
+  if (form == Path::kDevice) return rotate_on_device(x, rope, spec, backward);
   const auto element = cpu::element_of(x.scalar_type());
-  if (form == Path::kReference || !element)
-    return rotate_reference(x, positions, table, spec, backward);
+  if (form == Path::kReference || !element) return rotate_reference(x, rope, spec, backward);
+  const auto& [positions, table] = rope;
   const cpu::RopeArgs args{
       .x = x.mutable_data_ptr(),
       .row_stride = x.size(2),
@@ -141,7 +132,7 @@ RopeTable rope_table(double theta, int64_t head_size, int64_t length, at::Scalar
   return table;
 }
 
-Tensor rope(const Tensor& x, const Tensor& positions_in, const RopeSpec& spec) {
+RopeInput check_rope(const Tensor& x, const Tensor& positions_in, const RopeSpec& spec) {
   CAPSTAN_CHECK(x.dim() == 3 && x.is_contiguous(), "rope: need a contiguous [B, T, X] tensor");
   CAPSTAN_CHECK(spec.head_size > 0 && spec.head_size % 2 == 0, "rope: head size {} is not even",
                 spec.head_size);
@@ -152,22 +143,35 @@ Tensor rope(const Tensor& x, const Tensor& positions_in, const RopeSpec& spec) {
   const Tensor positions =
       positions_in.defined() ? positions_in.to(at::kLong).contiguous().view({x.size(0), x.size(1)})
                              : Tensor();
-  const RopeTable table =
-      rope_table(spec.theta, spec.head_size, length_needed(positions, x.size(1), spec),
-                 x.scalar_type(), x.device());
+  return {positions,
+          rope_table(spec.theta, spec.head_size, length_needed(positions, x.size(1), spec),
+                     x.scalar_type(), x.device())};
+}
+
+Tensor turned_heads(const Tensor& heads, const RopeInput& rope, bool backward) {
+  const int64_t half = heads.size(3) / 2;
+  const Tensor index =
+      rope.positions_BT.defined()
+          ? rope.positions_BT
+          : at::arange(heads.size(1), heads.options().dtype(at::kLong)).unsqueeze(0);
+  const Tensor cos = rope.table.cos.index({index}).unsqueeze(2);  // B T 1 H/2
+  const Tensor sin = rope.table.sin.index({index}).unsqueeze(2) * (backward ? -1 : 1);
+  const Tensor a = heads.narrow(-1, 0, half), b = heads.narrow(-1, half, half);
+  return at::cat({a * cos - b * sin, b * cos + a * sin}, -1);
+}
+
+Tensor rope(const Tensor& x, const Tensor& positions, const RopeSpec& spec) {
+  const RopeInput input = check_rope(x, positions, spec);
   const Tensor out = x.detach();
   const Path chosen = path();
-  rotate(out, positions, table, spec, false);
-  return record(out, {"rope",
-                      {x},
-                      {},
-                      {},
-                      [table, positions, spec, chosen](const Tensors&, Tensors& grads) -> Tensors {
-                        const PathGuard guard(chosen);
-                        const Tensor grad = own_or_copy(std::move(grads[0]));
-                        rotate(grad, positions, table, spec, true);
-                        return {grad};
-                      }});
+  rotate(out, input, spec, false);
+  return record(
+      out, {"rope", {x}, {}, {}, [input, spec, chosen](const Tensors&, Tensors& grads) -> Tensors {
+              const PathGuard guard(chosen);
+              const Tensor grad = own_or_copy(std::move(grads[0]));
+              rotate(grad, input, spec, true);
+              return {grad};
+            }});
 }
 
 }  // namespace capstan::ops

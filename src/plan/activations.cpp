@@ -20,6 +20,8 @@ struct Widths {
   int64_t column;      // features of the MLP's first product
   int64_t statistics;  // of a norm
   std::string column_name, activated_name;
+  int64_t normed = 0;  // features of query, key and value that a norm of heads keeps
+  int64_t normed_heads = 0;
 };
 
 struct TermTable {
@@ -91,6 +93,8 @@ void add_saved_by_layer(TermTable& t, const Widths& w, const ActivationQuery& q)
   t.per_kept(Part::kLayer, "residual at the attention norm", w.hidden, residual);
   t.per_kept(Part::kLayer, "attention norm, scale", w.statistics, statistics);
   norm(again.attention ? kAttention : kQkv, kQkv, "attention norm, output");
+  attention("query, key, value before their norm", w.normed, compute);
+  attention("query and key norm, scale", w.normed_heads, statistics);
   attention("query, key, value after RoPE", attended_width(w, q), compute);
   attention("attention output", w.query, compute);
   if (q.context > 1 && q.all_to_all) attention("attention output, own heads", w.query, compute);
@@ -197,6 +201,7 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
     t.per_token(kPart, "gradient of query, key, value", attended, q.compute);
   begin(kQkv);  // projection of query, key, value
   t.release("attention, free", attended + w.query, q.compute);
+  t.release("query, key, value before their norm, free", w.normed, q.compute);
   if (q.context > 1 && q.all_to_all)  // back to all heads
     t.per_token(kPart, "gradients by ranks, leaving, arriving", 3 * attended, q.compute);
   t.per_token(kPart, "gradient of query, key, value", width, q.compute);
@@ -266,17 +271,21 @@ int64_t allocation_bytes(int64_t bytes) {
 
 ActivationBytes decoder_activation_bytes(const ModelShape& shape, const ActivationQuery& query,
                                          const DecoderForm& form) {
-  const Widths widths{shape.hidden_size,
-                      shape.intermediate_size,
-                      shape.num_attention_heads * shape.head_dim,
-                      shape.num_key_value_heads * shape.head_dim,
-                      shape.num_attention_heads,
-                      shape.vocab_size,
-                      shape.head_dim,
-                      form.products * shape.intermediate_size,
-                      form.norm_statistics,
-                      form.column,
-                      form.activated};
+  Widths widths{shape.hidden_size,
+                shape.intermediate_size,
+                shape.num_attention_heads * shape.head_dim,
+                shape.num_key_value_heads * shape.head_dim,
+                shape.num_attention_heads,
+                shape.vocab_size,
+                shape.head_dim,
+                form.products * shape.intermediate_size,
+                form.norm_statistics,
+                form.column,
+                form.activated};
+  if (shape.qk_norm) {
+    widths.normed = widths.query + 2 * widths.key_value;
+    widths.normed_heads = shape.num_attention_heads + shape.num_key_value_heads;
+  }
   TermTable table{query,
                   {}};  // the embedding's output is the first layer's residual, counted there
   add_saved_by_layer(table, widths, query);

@@ -17,33 +17,48 @@ namespace {
 using json::Json;
 using OrderedJson = nlohmann::ordered_json;
 
-// What Hugging Face's Qwen2-MoE computes with qkv_bias false and experts in every layer.
+// What Hugging Face's Qwen2-MoE computes with experts in every layer.
 bool is_qwen2_moe(const ModelShape& shape) {
   const ExpertShape& e = shape.experts;
   return e.router == "softmax" && e.groups == 1 && e.scaling == 1 && e.bias_update_rate == 0 &&
-         e.shared_intermediate_size > 0 && e.shared_gate && !shape.attention_bias &&
-         !shape.sliding_window;
+         e.shared_intermediate_size > 0 && e.shared_gate && !shape.attention_output_bias &&
+         !shape.qk_norm && !shape.sliding_window;
 }
 
-// A llama with a sliding window is what Hugging Face calls mistral, as long as it has no biases;
-// with both it is neither, and the name below makes other readers refuse instead of computing
-// something else.
+// Whether the model type of the family computes the same.
+bool is_family_type(const ModelShape& shape) {
+  const bool has_bias = shape.attention_bias || shape.attention_output_bias;
+  if (shape.family == "mixtral") return !has_bias && !shape.qk_norm;
+  if (shape.family == "moe") return is_qwen2_moe(shape);
+  return !shape.sliding_window && !shape.qk_norm &&
+         shape.attention_bias == shape.attention_output_bias;
+}
+
+// A llama with norms of heads is what Hugging Face calls qwen3, with biases on q, k and v alone
+// qwen2, with a sliding window mistral. Other mixtures are none of them: the name below makes other
+// readers refuse instead of computing something else.
 struct HfNames {
   std::string type, architecture;
 };
 HfNames hf_names(const ModelShape& shape) {
   const FamilyDef& family = find_family(shape.family);
-  const bool known = shape.family == "mixtral" ? !shape.attention_bias
-                     : shape.family == "moe"   ? is_qwen2_moe(shape)
-                                               : !shape.sliding_window;
-  if (known && !family.hf_model_type.empty()) return {family.hf_model_type, family.hf_architecture};
-  if (!shape.attention_bias && shape.family == "llama") return {"mistral", "MistralForCausalLM"};
+  if (is_family_type(shape) && !family.hf_model_type.empty())
+    return {family.hf_model_type, family.hf_architecture};
+  if (shape.family == "llama") {
+    const bool all_or_none = shape.attention_bias == shape.attention_output_bias;
+    if (shape.qk_norm && all_or_none) return {"qwen3", "Qwen3ForCausalLM"};
+    if (!shape.qk_norm && !all_or_none && shape.attention_bias)
+      return {"qwen2", "Qwen2ForCausalLM"};
+    if (!shape.qk_norm && all_or_none && !shape.attention_bias)
+      return {"mistral", "MistralForCausalLM"};
+  }
   return {"capstan_" + shape.family, "Capstan" + family.hf_architecture};
 }
+bool is_qwen(const std::string& type) { return type == "qwen2" || type == "qwen3"; }
 
 std::optional<std::string> family_of_hf_type(const std::string& type) {
   if (type.empty()) return std::nullopt;  // families of users need not have one
-  if (type == "mistral") return "llama";
+  if (type == "mistral" || is_qwen(type)) return "llama";
   for (const std::string& name : family_names())
     if (find_family(name).hf_model_type == type || "capstan_" + name == type) return name;
   return std::nullopt;
@@ -140,10 +155,48 @@ double read_rope(Reader& reader, const Json& config) {
   return theta;
 }
 
+// In the files of Qwen, layers from max_window_layers on have a window, if any has.
+void read_qwen_window(Reader& reader, ModelShape& shape) {
+  shape.sliding_window.reset();
+  if (reader.boolean("use_sliding_window", false) && reader.find("sliding_window")) {
+    const Json* first = reader.find("max_window_layers");
+    if (first && *first == 0)
+      shape.sliding_window = reader.size("sliding_window", std::nullopt);
+    else if (!first || !first->is_number_integer() || *first < shape.num_hidden_layers)
+      reader.complain(fmt::format(
+          "max_window_layers: got {}, this build has 0 (every layer has the window), or {} or more "
+          "(none has)",
+          first ? first->dump() : "nothing", shape.num_hidden_layers));
+  }
+  const char* const kind = shape.sliding_window ? "sliding_attention" : "full_attention";
+  const Json* types = reader.find("layer_types");
+  if (types && *types != Json(static_cast<size_t>(shape.num_hidden_layers), kind))
+    reader.complain(fmt::format("layer_types: need {} times \"{}\", as the other keys say",
+                                shape.num_hidden_layers, kind));
+}
+
+void read_attention(Reader& reader, const std::string& type, ModelShape& shape) {
+  // Files of these may carry a window; it has no effect there.
+  const bool has_no_window = type == "llama" || type == "qwen2_moe" || shape.family == "gpt2";
+  if (is_qwen(type))
+    read_qwen_window(reader, shape);
+  else if (!has_no_window && reader.find("sliding_window"))
+    shape.sliding_window = reader.size("sliding_window", std::nullopt);
+  shape.qk_norm = type == "qwen3";
+  if (type == "qwen2" || type == "qwen2_moe") {
+    shape.attention_bias = type == "qwen2" || reader.boolean("qkv_bias", true);
+    return;
+  }
+  shape.attention_bias = shape.attention_output_bias = reader.boolean("attention_bias", false);
+  if (!type.starts_with("capstan_")) return;
+  shape.attention_output_bias = reader.boolean("attention_output_bias", shape.attention_bias);
+  shape.qk_norm = reader.boolean("qk_norm", false);
+}
+
 // Dropout is training's.
 void read_gpt2(Reader& reader, const Json& config, ModelShape& shape) {
   shape.layer_norm_eps = reader.number(config, "layer_norm_eps", 1e-5);
-  shape.attention_bias = true;
+  shape.attention_bias = shape.attention_output_bias = true;
   const Json* act = reader.find("hidden_act");
   if (*act == "gelu" || *act == "gelu_pytorch_tanh")
     shape.hidden_act = act->get<std::string>();
@@ -158,6 +211,18 @@ void read_gpt2(Reader& reader, const Json& config, ModelShape& shape) {
   reader.need_neutral("scale_attn_by_inverse_layer_idx", false);
   reader.need_neutral("reorder_and_upcast_attn", false);
   reader.need_neutral("add_cross_attention", false);
+}
+
+void write_attention(OrderedJson& config, const std::string& type, const ModelShape& shape) {
+  if (shape.sliding_window) config["sliding_window"] = *shape.sliding_window;
+  if (is_qwen(type)) {
+    config["use_sliding_window"] = shape.sliding_window.has_value();
+    config["max_window_layers"] = shape.sliding_window ? 0 : shape.num_hidden_layers;
+  }
+  config["attention_bias"] = shape.attention_bias;
+  if (!type.starts_with("capstan_")) return;
+  config["attention_output_bias"] = shape.attention_output_bias;
+  config["qk_norm"] = shape.qk_norm;
 }
 
 // Settings of training (losses, balancing, capacity) are no part of a model: files carry the
@@ -206,9 +271,6 @@ void read_general_experts(Reader& reader, const Json& config, const std::string&
   if (type == "qwen2_moe") {
     e.shared_gate = true;
     if (!has_shared) reader.complain("shared_expert_intermediate_size: need a positive integer");
-    // Biases on queries, keys and values only; here all four projections have them or none.
-    if (reader.boolean("qkv_bias", true))
-      reader.complain("qkv_bias: got true, this build has false");
     return;
   }
   e.shared_gate = reader.boolean("capstan_shared_gate", false);
@@ -264,8 +326,7 @@ std::string to_hf_config(const ModelShape& shape, DType dtype) {
   config["rms_norm_eps"] = shape.rms_norm_eps;
   config["rope_theta"] = shape.rope_theta;
   config["rope_scaling"] = nullptr;
-  if (shape.sliding_window) config["sliding_window"] = *shape.sliding_window;
-  config["attention_bias"] = shape.attention_bias;
+  write_attention(config, names.type, shape);
   config["attention_dropout"] = 0.0;
   config["mlp_bias"] = false;
   config["tie_word_embeddings"] = shape.tie_word_embeddings;
@@ -301,18 +362,16 @@ ModelShape from_hf_config(const std::string& json_text, const std::string& origi
   shape.num_hidden_layers = reader.size("num_hidden_layers", std::nullopt);
   shape.num_attention_heads = reader.size("num_attention_heads", std::nullopt);
   shape.num_key_value_heads = reader.size("num_key_value_heads", shape.num_attention_heads);
-  if (!reader.find("head_dim") && shape.hidden_size % shape.num_attention_heads != 0)
+  if (!reader.find("head_dim") && type_name != "qwen3" &&
+      shape.hidden_size % shape.num_attention_heads != 0)
     reader.complain(fmt::format("hidden_size {} does not divide by num_attention_heads {}",
                                 shape.hidden_size, shape.num_attention_heads));
-  shape.head_dim = reader.size("head_dim", shape.hidden_size / shape.num_attention_heads);
+  const int64_t even_width = shape.hidden_size / shape.num_attention_heads;
+  shape.head_dim = reader.size("head_dim", type_name == "qwen3" ? 128 : even_width);
   shape.max_position_embeddings = reader.size("max_position_embeddings", 2048);
   if (!is_gpt2) shape.rms_norm_eps = reader.number(config, "rms_norm_eps", 1e-6);
   shape.rope_theta = read_rope(reader, config);
-  // Files of these may carry the key; it has no effect there.
-  const bool has_no_window = type_name == "llama" || type_name == "qwen2_moe" || is_gpt2;
-  if (!has_no_window && reader.find("sliding_window"))
-    shape.sliding_window = reader.size("sliding_window", std::nullopt);
-  shape.attention_bias = reader.boolean("attention_bias", false);
+  read_attention(reader, type_name, shape);
   shape.tie_word_embeddings = reader.boolean("tie_word_embeddings", false);
   shape.initializer_range = reader.number(config, "initializer_range", 0.02);
   if (shape.num_attention_heads % shape.num_key_value_heads != 0)

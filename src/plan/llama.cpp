@@ -34,6 +34,13 @@ struct TableBuilder {
     spec.decay = false;
   }
 
+  // Every rank of the tensor axis applies it to its own heads.
+  void head_norm(int block, const std::string& name) {
+    norm(block, name);
+    table.back().shape = {shape.head_dim};
+    table.back().site = Site::kSplit;
+  }
+
   void bias(int block, const std::string& name, int64_t size, const ShardRule& rule) {
     ParamSpec& spec = add(block, name, {size});
     spec.init = {Init::Kind::kZeros, 0};
@@ -76,7 +83,11 @@ struct TableBuilder {
       bias(block, attention + "v_proj.bias", key_value, heads);
     }
     linear(block, attention + "o_proj.weight", {hidden, query}, columns);
-    if (shape.attention_bias) bias(block, attention + "o_proj.bias", hidden, ShardRule{});
+    if (shape.attention_output_bias) bias(block, attention + "o_proj.bias", hidden, ShardRule{});
+    if (shape.qk_norm) {
+      head_norm(block, attention + "q_norm.weight");
+      head_norm(block, attention + "k_norm.weight");
+    }
     norm(block, prefix + "post_attention_layernorm.weight");
     linear(block, mlp + "gate_proj.weight", {ffn, hidden}, rows, kGateUpWeights);
     linear(block, mlp + "up_proj.weight", {ffn, hidden}, rows, kGateUpWeights);

@@ -160,6 +160,8 @@ ModelShape resolve_shape(Draft& draft) {
   shape.rope_theta = model.rope_theta;
   shape.sliding_window = model.sliding_window;
   shape.attention_bias = model.attention_bias;
+  shape.attention_output_bias = model.attention_output_bias;
+  shape.qk_norm = model.qk_norm;
   shape.tie_word_embeddings = model.tie_word_embeddings;
   shape.initializer_range = model.initializer_range;
   resolve_vocabulary(draft, shape);

@@ -46,6 +46,19 @@ void check_biases(RuleContext& c) {
   c.derive("model.attention_bias");
 }
 
+void check_output_bias(RuleContext& c) {
+  if (!c.has({"model.family", "model.attention_bias", "model.attention_output_bias"})) return;
+  Model& m = c.mutable_recipe().model;
+  if (m.attention_output_bias == m.attention_bias) return;
+  if (!c.is_written("model.attention_output_bias")) {
+    m.attention_output_bias = m.attention_bias;
+    c.derive("model.attention_output_bias");
+  } else if (is_gpt2(c) && m.attention_bias) {
+    c.add("model.attention_output_bias", "false", "true",
+          "every projection of model.family gpt2 has a bias", "Leave the key out");
+  }
+}
+
 void check_norms(RuleContext& c) {
   if (!c.has({"model.family", "model.layer_norm_eps"}) || !is_like_llama(c)) return;
   const Model& m = c.recipe().model;
@@ -60,6 +73,8 @@ void check_absent(RuleContext& c) {
   need_default(c, "model.rope_theta", "model.family gpt2 has learned positions, no rotary ones",
                "Leave the key out");
   need_default(c, "model.sliding_window", "model.family gpt2 attends to the whole row",
+               "Leave the key out");
+  need_default(c, "model.qk_norm", "model.family gpt2 uses queries and keys as they are",
                "Leave the key out");
 }
 
@@ -88,9 +103,12 @@ std::vector<Rule> gpt2_rules() {
        check_activation},
       {"`model.attention_bias` is true with `model.family: gpt2`; left out, it follows.",
        check_biases},
+      {"`model.attention_output_bias` is true with `model.family: gpt2`; left out, it is "
+       "`model.attention_bias`.",
+       check_output_bias},
       {"`model.layer_norm_eps` is for `model.family: gpt2`.", check_norms},
-      {"`model.rms_norm_eps`, `model.rope_theta` and `model.sliding_window` are not for "
-       "`model.family: gpt2`.",
+      {"`model.rms_norm_eps`, `model.rope_theta`, `model.sliding_window` and `model.qk_norm` are "
+       "not for `model.family: gpt2`.",
        check_absent},
       {"With `model.family: gpt2`, `model.num_key_value_heads` and `model.head_dim` are what auto "
        "makes of them.",

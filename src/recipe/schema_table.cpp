@@ -62,7 +62,10 @@ void add_model_keys(std::vector<Key>& t) {
   t.push_back(KEY(model.from, "Hugging Face folder that gives shape and weights.")
                   .word("none")
                   .later("starting from a Hugging Face model"));
-  t.push_back(KEY(model.family, "Architecture.").choice());
+  t.push_back(KEY(model.family,
+                  "Architecture. llama is also what Mistral, Qwen2 and Qwen3 compute, by the keys "
+                  "of attention.")
+                  .choice());
   t.push_back(KEY(model.vocab_size,
                   "Size of the vocabulary; auto = size of data.tokenizer. Padding of "
                   "storage is not part of the model.")
@@ -94,7 +97,12 @@ void add_model_keys(std::vector<Key>& t) {
                   "before it.")
                   .word("none")
                   .range(1, kLongest));
-  t.push_back(KEY(model.attention_bias, "Biases on the attention projections."));
+  t.push_back(KEY(model.attention_bias, "Biases on the query, key and value projections."));
+  t.push_back(KEY(model.attention_output_bias,
+                  "Bias on the output projection of attention; left out, as attention_bias."));
+  t.push_back(KEY(model.qk_norm,
+                  "RMSNorm of each query and key head before the rotary positions, with "
+                  "rms_norm_eps."));
   t.push_back(KEY(model.tie_word_embeddings, "One matrix serves as embedding and as output head."));
   t.push_back(KEY(model.initializer_range, "Standard deviation of the initial weights.").above(0));
   t.push_back(KEY(model.frozen,

@@ -12,7 +12,7 @@ namespace {
 std::vector<ChoiceKey>& table_of_choices() {
   static std::vector<ChoiceKey> table = {
       {"run.device", {"auto", "cpu", "cuda"}, {}},
-      {"model.family", {"llama", "mixtral", "moe", "gpt2"}, {"qwen2", "mistral"}},
+      {"model.family", {"llama", "mixtral", "moe", "gpt2"}, {}},
       {"model.experts.router", {"softmax", "sigmoid"}, {}},
       {"model.experts.auxiliary_scope", {"sequence", "global"}, {}},
       {"model.hidden_act", {"silu", "gelu", "gelu_pytorch_tanh"}, {}},

@@ -139,5 +139,26 @@ TEST_F(QkNorm, ForwardAndBackward_MatchReference) {
   }
 }
 
+// As ops call it: dx takes the place of the gradient, out that of x.
+TEST_F(QkNorm, ResultsInPlaceOfInputs_AreTheSame) {
+  for (const DType dtype : {DType::kBf16, DType::kFp32}) {
+    const Case c{dtype, dtype, 5, 4, 2, 64, 0, true};
+    const Inputs in(c);
+    const auto apart = run(c, in);
+    const Array partial = Array::of_size(
+        c.wide(), 2 * static_cast<size_t>(norm_partial_rows(static_cast<int64_t>(c.rows))) * 64);
+    const Inputs same(c);
+    api().qk_norm_rope_backward(
+        {shape_of(c, same), same.x.data(), apart[1].data(), same.grad.data(), same.grad.data(),
+         nullptr, nullptr, partial.data()},
+        nullptr);
+    EXPECT_EQ(same.grad.values(), apart[2].values());
+    const Array rstd = Array::of_size(c.wide(), c.rows * c.heads());
+    api().qk_norm_rope_forward({shape_of(c, same), kEps, same.x.data(), same.x.data(), rstd.data()},
+                               nullptr);
+    EXPECT_EQ(same.x.values(), apart[0].values());
+  }
+}
+
 }  // namespace
 }  // namespace capstan::kernels::test

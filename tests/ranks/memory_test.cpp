@@ -214,6 +214,8 @@ const std::string kNarrow =
     "vocab_size: 512, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
 
+const std::string kQwen3 = ", qk_norm: true";
+
 const std::string kGpt2 =
     "family: gpt2, vocab_size: 512, hidden_size: 128, intermediate_size: 512, num_hidden_layers: "
     "8, num_attention_heads: 4";
@@ -280,6 +282,17 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"all_to_all", 2, kNarrow,
                      "global_samples: 32, micro_samples: 32, sequence_length: 256",
                      "context: {size: 2, method: all_to_all}"},
+        LayoutRecipe{"norms_of_heads", 2, kNarrow + kQwen3,
+                     "global_samples: 48, micro_samples: 24, sequence_length: 256", "data: 2"},
+        LayoutRecipe{"norms_of_heads_tensor_selective", 2, kNarrow + kQwen3,
+                     "global_samples: 40, micro_samples: 40, sequence_length: 256",
+                     "tensor: 2, sequence: true, recompute: {mode: selective, parts: [attention]}"},
+        LayoutRecipe{"norms_of_heads_all_to_all", 2, kNarrow + kQwen3,
+                     "global_samples: 32, micro_samples: 32, sequence_length: 256",
+                     "context: {size: 2, method: all_to_all}"},
+        LayoutRecipe{"norms_of_heads_zero_bubble", 2, kNarrow + kQwen3,
+                     "global_samples: 64, micro_samples: 16, sequence_length: 256",
+                     "pipeline: {size: 2, schedule: zero_bubble}"},
         LayoutRecipe{"gpt2", 2, kGpt2,
                      "global_samples: 64, micro_samples: 32, sequence_length: 256", "data: 2"},
         LayoutRecipe{"gpt2_bf16", 2, kGpt2,

@@ -72,6 +72,7 @@ recipe::Resolved make_recipe(const Arguments& a) {
                                   {"recompute", "parallel.recompute.mode"},
                                   {"moments", "optimizer.moments"}})
     overrides.push_back(fmt::format("{}={}", name, a.at(key)));
+  overrides.emplace_back("model.attention_output_bias=false");
   overrides.push_back("precision.compute=" + (fp8 ? "bf16" : a.at("dtype")));
   if (fp8) overrides.emplace_back("precision.fp8.scaling=tensor");
   return recipe::parse_recipe(

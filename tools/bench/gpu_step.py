@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 
-MODELS = {  # hidden ffn layers heads kv_heads vocabulary sequence tied bias
+MODELS = {  # hidden ffn layers heads kv_heads vocabulary sequence tied bias (of q, k, v)
     "tiny": (64, 176, 2, 4, 2, 512, 64, False, True),
     "124m": (768, 2048, 12, 12, 12, 50304, 1024, True, False),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 1024, True, True),
@@ -29,7 +29,7 @@ NAMES = {"capstan": "Capstan", "eager": "PyTorch eager", "compile": "torch.compi
 
 def parse(arguments):
     shapes = "\n".join(f"  {name:14}{' '.join(f'{key}={value}' for key, value in zip(KEYS, shape))}" for name, shape in MODELS.items())
-    parser = argparse.ArgumentParser(prog="gpu_step.sh", description=__doc__, epilog=f"models, all of the Llama family with the shapes of "
+    parser = argparse.ArgumentParser(prog="gpu_step.sh", description=__doc__, epilog=f"models with the shapes of "
                                      f"the published configurations:\n{shapes}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="124m")
     parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="of ours; peers compute in bf16 beside fp8")

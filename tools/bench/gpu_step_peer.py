@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Capstan contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The peer of gpu_step.sh: the same model as transformers' LlamaForCausalLM, eager or compiled, with the same keys as gpu_step.
+"""The peer of gpu_step.sh: the same model as transformers' LlamaForCausalLM or, with biases, Qwen2ForCausalLM, eager or compiled, with the same keys as gpu_step.
 
 Keeps what ours keeps: fp32 master weights and fp32 moments in torch's fused AdamW, beside bf16 weights without autocast (states=fp32);
 gradients stay in the type of the weights over the micro-batches of a step, ours are summed in fp32. states=low has the optimizer work on
@@ -19,12 +19,15 @@ DEFAULTS = dict(device="cuda", dtype="bf16", micro="4", samples="8", sequence="1
 
 
 def make_model(a, dtype):
-    config = transformers.LlamaConfig(
+    has_bias = a["bias"] == "true"  # of q, k and v alone
+    config_class, model_class = (transformers.Qwen2Config, transformers.Qwen2ForCausalLM) if has_bias else (
+        transformers.LlamaConfig, transformers.LlamaForCausalLM)
+    config = config_class(
         vocab_size=int(a["vocabulary"]), hidden_size=int(a["hidden"]), intermediate_size=int(a["ffn"]), num_hidden_layers=int(a["layers"]),
         num_attention_heads=int(a["heads"]), num_key_value_heads=int(a["kv_heads"]), max_position_embeddings=int(a["sequence"]),
-        tie_word_embeddings=a["tied"] == "true", attention_bias=a["bias"] == "true", use_cache=False, attn_implementation="sdpa")
+        tie_word_embeddings=a["tied"] == "true", use_cache=False, attn_implementation="sdpa")
     with torch.device(a["device"]):
-        model = transformers.LlamaForCausalLM(config).to(dtype).train()
+        model = model_class(config).to(dtype).train()
     if a["recompute"] == "block":
         model.gradient_checkpointing_enable()
     return model

@@ -36,10 +36,10 @@ void qk_norm_rope_forward(const QkNormForwardArgs& args, Stream stream);
 
 struct QkNormBackwardArgs {
   QkNormShape shape;
-  const void* x = nullptr;        // T [N, x_stride]
-  const void* rstd = nullptr;     // A [N, Q + K]
-  const void* grad = nullptr;     // T [N, out_stride]
-  void* dx = nullptr;             // T [N, x_stride]; q and k parts written
+  const void* x = nullptr;     // T [N, x_stride]
+  const void* rstd = nullptr;  // A [N, Q + K]
+  const void* grad = nullptr;  // T [N, out_stride]
+  void* dx = nullptr;  // T [N, x_stride]; q and k parts written; may be grad if strides are equal
   void* grad_q_weight = nullptr;  // A [H], added to; null with grad_k_weight: not wanted
   void* grad_k_weight = nullptr;  // A [H], added to
   void* partial = nullptr;        // A [2, norm_partial_rows(rows), H] work space

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "capstan/ops/head.h"
+#include "capstan/ops/qk_norm.h"
 #include "capstan/param/context.h"
 #include "capstan/param/param.h"
 
@@ -30,6 +31,7 @@ struct AttentionSpec {
 struct AttentionInput {
   int64_t query_heads = 0, key_value_heads = 0, head_size = 0;
   bool rotates = true;  // RoPE on q and k, else they are used as they are
+  ops::QkNorm qk_norm;  // before RoPE, where it has weights
   double rope_theta = 10000.0;
   int64_t max_positions = 0;
   AttentionSpec spec;
@@ -85,7 +87,8 @@ class Seams {
   virtual Tensor logits(const Context& context, const Tensor& hidden_BTD, const Projection& head);
 
  protected:
-  // RoPE on the q and k heads by the positions of the pass, unless input says no; consumes qkv.
+  // RoPE on the q and k heads by the positions of the pass, unless input says no, behind their norm
+  // where it has one; consumes qkv.
   [[nodiscard]] static Tensor turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
                                          const AttentionInput& input);
   // score() for any cut of the vocabulary.

@@ -48,7 +48,9 @@ struct ModelShape {
   double layer_norm_eps = 1e-5;  // gpt2
   double rope_theta = 10000.0;
   std::optional<int64_t> sliding_window;  // keys seen, own position included
-  bool attention_bias = false;
+  bool attention_bias = false;            // of the query, key and value projections
+  bool attention_output_bias = false;     // of the output projection
+  bool qk_norm = false;                   // RMSNorm of each query and key head before RoPE
   bool tie_word_embeddings = false;
   double initializer_range = 0.02;
   ExpertShape experts;

@@ -68,6 +68,8 @@ struct Model {
   RopeScaling rope_scaling;
   std::optional<int64_t> sliding_window;  // none
   bool attention_bias = false;
+  bool attention_output_bias = false;  // left out: as attention_bias
+  bool qk_norm = false;
   bool tie_word_embeddings = true;
   double initializer_range = 0.02;
   std::vector<std::string> frozen;  // patterns over names of parameters

@@ -7,6 +7,7 @@
 #include "ops/cpu/fp8_kernels.h"
 #include "ops/cpu/layer_norm_kernels.h"
 #include "ops/cpu/norm_kernels.h"
+#include "ops/cpu/qk_norm_kernels.h"
 #include "ops/cpu/rope_kernels.h"
 #include "ops/cpu/swiglu_kernels.h"
 
@@ -50,6 +51,12 @@ const SwigluKernels& swiglu_kernels() {
 
 const RopeKernels& rope_kernels() {
   static const auto& kernels = pick(rope_plain, rope_avx2, rope_avx512, rope_avx512bf16);
+  return kernels;
+}
+
+const QkNormKernels& qk_norm_kernels() {
+  static const auto& kernels =
+      pick(qk_norm_plain, qk_norm_avx2, qk_norm_avx512, qk_norm_avx512bf16);
   return kernels;
 }
 

@@ -74,7 +74,7 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   for (const LayoutAxis& axis : all_axes()) drawn.values[axis.name] = draw_value(random, axis);
   // Seldom, so that most cases share their one-rank run with others.
   for (const auto& [axis, usual] :
-       {std::pair{"length", "32"}, {"frozen", "none"}, {"optimizer", "adamw"}})
+       {std::pair{"length", "32"}, {"frozen", "none"}, {"optimizer", "adamw"}, {"qwen", "none"}})
     if (random() % 3 > 0) drawn.values[axis] = usual;
   for (const auto& [axis, value] : fixed) drawn.values[axis] = value;
   // Most free draws contradict themselves; what only follows from another axis is set right, unless
@@ -91,6 +91,7 @@ LayoutCase draw_once(std::mt19937_64& random, const Fixed& fixed) {
   settle(v["family"] != "moe", "ep", "1");
   settle(v["family"] != "moe", "router", "softmax");
   settle(v["family"] == "gpt2", "kv", "4");
+  settle(v["family"] == "gpt2", "qwen", "none");
   settle(v["family"] == "gpt2", "window", "none");
   settle(v["schedule"] == "gpipe" || v["schedule"] == "1f1b", "chunks", "1");
   settle(v["schedule"] == "interleaved" && v["chunks"] == "1", "chunks", "2");
@@ -121,7 +122,8 @@ const std::vector<LayoutAxis>& model_axes() {
       {"window", {"none", "9"}},
       {"length", {"32", "12"}},
       {"frozen", {"none", "embedding", "attention", "most"}},
-      {"optimizer", {"adamw", "lion"}}};
+      {"optimizer", {"adamw", "lion"}},
+      {"qwen", {"none", "2", "3"}}};
   return axes;
 }
 
@@ -176,6 +178,10 @@ std::vector<std::string> LayoutCase::overrides() const {
     for (const char* key : {"model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
                             "model.experts.auxiliary_scope=global"})
       list.push_back(key);
+  if (values.at("qwen") == "2")
+    for (const char* key : {"model.attention_bias=true", "model.attention_output_bias=false"})
+      list.push_back(key);
+  if (values.at("qwen") == "3") list.push_back("model.qk_norm=true");
   const bool is_gpt2 = values.at("family") == "gpt2";
   // `most` leaves an MLP whose input needs no gradient, and single norms.
   static const std::map<std::string, std::string> frozen = {

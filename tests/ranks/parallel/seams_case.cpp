@@ -41,7 +41,7 @@ plan::ModelShape shape_of(const SeamsCase& c) {
   s.max_position_embeddings = 64;
   s.rope_theta = 200;
   s.sliding_window = c.window;
-  s.attention_bias = c.bias;
+  s.attention_bias = s.attention_output_bias = c.bias;
   s.tie_word_embeddings = c.tied;
   return s;
 }

@@ -33,7 +33,7 @@ plan::ModelShape tiny() {
   s.max_position_embeddings = 16;
   s.hidden_act = "gelu_pytorch_tanh";
   s.layer_norm_eps = 1e-4;
-  s.attention_bias = s.tie_word_embeddings = true;
+  s.attention_bias = s.attention_output_bias = s.tie_word_embeddings = true;
   s.initializer_range = 0.15;
   return s;
 }

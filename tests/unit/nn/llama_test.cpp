@@ -86,9 +86,27 @@ TEST_P(LlamaForms, LossAndEveryGradientEqualPlainAutograd) {
         SCOPED_TRACE(fmt::format("tied {} bias {} joined {}", tied, bias, joined));
         plan::ModelShape s = tiny();
         s.tie_word_embeddings = tied;
-        s.attention_bias = bias;
+        s.attention_bias = s.attention_output_bias = bias;
         expect_equal_to_plain(s, {}, {.joined = joined, .deferred = joined});
       }
+}
+
+// Biases on q, k and v alone, as Qwen2; norms of their heads, as Qwen3; and both.
+TEST_P(LlamaForms, BiasesOfQkvAndNormsOfHeads) {
+  const ops::PathGuard guard(GetParam());
+  for (const bool joined : {true, false})
+    for (const bool bias : {false, true})
+      for (const bool output_bias : {false, true})
+        for (const bool qk_norm : {false, true}) {
+          SCOPED_TRACE(
+              fmt::format("joined {} bias {} {} norm {}", joined, bias, output_bias, qk_norm));
+          plan::ModelShape s = tiny();
+          s.rms_norm_eps = 0.01;
+          s.attention_bias = bias;
+          s.attention_output_bias = output_bias;
+          s.qk_norm = qk_norm;
+          expect_equal_to_plain(s, {}, {.joined = joined, .deferred = joined});
+        }
 }
 
 TEST_P(LlamaForms, DocumentsWindowsAndPositions) {
@@ -99,6 +117,9 @@ TEST_P(LlamaForms, DocumentsWindowsAndPositions) {
   rows.positions_are_rows = false;
   plan::ModelShape s = tiny();
   expect_equal_to_plain(s, rows, {});
+  s.qk_norm = true;
+  expect_equal_to_plain(s, rows, {});
+  s.qk_norm = false;
   s.sliding_window = 4;
   expect_equal_to_plain(s, rows, {});
   expect_equal_to_plain(s, {}, {});

@@ -62,9 +62,14 @@ Tensor plain_logits(const plan::ModelShape& s, const Weights& w, const PlainInpu
           .view({batch, tokens, -1, s.head_dim})
           .transpose(1, 2);
     };
-    const Tensor q = plain_turn(heads("q_proj"), positions, s.rope_theta);
-    const Tensor k =
-        plain_turn(heads("k_proj"), positions, s.rope_theta).repeat_interleave(groups, 1);
+    const auto turned = [&](const char* name, const char* norm) {
+      Tensor x_BNTH = heads(name);
+      if (s.qk_norm)
+        x_BNTH = plain_norm(x_BNTH, p(std::string("self_attn.") + norm), s.rms_norm_eps);
+      return plain_turn(x_BNTH, positions, s.rope_theta);
+    };
+    const Tensor q = turned("q_proj", "q_norm");
+    const Tensor k = turned("k_proj", "k_norm").repeat_interleave(groups, 1);
     const Tensor v = heads("v_proj").repeat_interleave(groups, 1);
     const Tensor scores =
         (at::matmul(q, k.transpose(-1, -2)) / std::sqrt(static_cast<double>(s.head_dim)))

@@ -52,22 +52,25 @@ TEST(Configs, All_PlanForTheRanksOfTheirComment) {
     EXPECT_TRUE(world == 1 || read_file(file).find(" " + relative + " --") != std::string::npos);
     several += world > 1;
   }
-  EXPECT_GE(files.size(), 14U);
+  EXPECT_GE(files.size(), 18U);
   EXPECT_GE(several, 10);
 }
 
 // Names of the large models say how many parameters they have.
 TEST(Configs, LargeModels_HaveTheirSize) {
-  const std::pair<const char*, double> sizes[] = {{"llama3/8b-8gpu", 8.03e9},
-                                                  {"llama3/70b-64gpu", 70.55e9},
-                                                  {"llama3/405b-512gpu", 405.85e9},
-                                                  {"mixtral/8x7b-64gpu", 46.70e9},
-                                                  {"gpt2/124m", 124.44e6}};
+  const std::pair<const char*, double> sizes[] = {
+      {"llama3/8b-8gpu", 8.03e9},       {"llama3/70b-64gpu", 70.55e9},
+      {"llama3/405b-512gpu", 405.85e9}, {"mixtral/8x7b-64gpu", 46.70e9},
+      {"gpt2/124m", 124.44e6},          {"qwen2.5/0.5b", 494.03e6},
+      {"qwen2.5/1.5b", 1543.71e6},      {"qwen2.5/3b", 3085.94e6},
+      {"qwen2.5/7b", 7615.62e6}};
   for (const auto& [name, parameters] : sizes) {
     const auto file = kConfigs / (std::string(name) + ".yaml");
     Topology topology;
     topology.world_size = topology.local_size = topology.physical_cores = world_of(read_file(file));
-    const Plan plan = make_plan(recipe::load_recipe(file), topology, {});
+    const auto recipe = recipe::load_recipe(file);
+    if (recipe.recipe.run.device == "cuda") topology.device = "cuda";
+    const Plan plan = make_plan(recipe, topology, {});
     EXPECT_NEAR(static_cast<double>(plan.model().parameters) / parameters, 1, 1e-3) << name;
   }
 }

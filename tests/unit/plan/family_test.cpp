@@ -49,7 +49,7 @@ TEST(Llama, TableHasHuggingFaceNamesInOrder) {
 TEST(Llama, AttentionBiasAddsFourVectors) {
   ModelShape shape = testing::quickstart_shape();
   const int64_t without = count_parameters(table_of(shape));
-  shape.attention_bias = true;
+  shape.attention_bias = shape.attention_output_bias = true;
   const auto table = table_of(shape);
   EXPECT_EQ(count_parameters(table) - without, 4 * (256 + 128 + 128 + 256));
   const ParamSpec& k =
@@ -65,6 +65,27 @@ TEST(Llama, AttentionBiasAddsFourVectors) {
   EXPECT_EQ(o.tensor.kind, ShardRule::Kind::kReplicate);
   EXPECT_EQ(o.site, Site::kResidual);
   EXPECT_EQ(o.fuse_group, -1);
+}
+
+// Qwen2 and Qwen3.
+TEST(Llama, BiasesWithoutTheOutputAndNormsOfHeads) {
+  ModelShape shape = testing::quickstart_shape();
+  const int64_t without = count_parameters(table_of(shape));
+  shape.attention_bias = true;
+  EXPECT_EQ(count_parameters(table_of(shape)) - without, 4 * (256 + 128 + 128));
+  shape.qk_norm = true;
+  const auto table = table_of(shape);
+  EXPECT_EQ(count_parameters(table) - without, 4 * (256 + 128 + 128 + 2 * 64));
+  for (const char* name : {"q_norm", "k_norm"}) {
+    const ParamSpec& norm = table[static_cast<size_t>(
+        index_of(table, std::string("model.layers.3.self_attn.") + name + ".weight"))];
+    EXPECT_EQ(norm.shape, Shape{64});
+    EXPECT_EQ(norm.init.kind, Init::Kind::kOnes);
+    EXPECT_FALSE(norm.decay);
+    EXPECT_EQ(norm.tensor.kind, ShardRule::Kind::kReplicate);
+    EXPECT_EQ(norm.site, Site::kSplit);
+    EXPECT_EQ(norm.fuse_group, -1);
+  }
 }
 
 TEST(Llama, SpecsSayHowToStartDecayAndCut) {

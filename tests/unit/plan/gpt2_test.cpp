@@ -29,7 +29,7 @@ ModelShape gpt2_124m() {
   s.head_dim = 64;
   s.max_position_embeddings = 1024;
   s.hidden_act = "gelu_pytorch_tanh";
-  s.attention_bias = s.tie_word_embeddings = true;
+  s.attention_bias = s.attention_output_bias = s.tie_word_embeddings = true;
   return s;
 }
 

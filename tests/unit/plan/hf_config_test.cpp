@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "capstan/base/error.h"
@@ -29,6 +30,8 @@ void expect_equal(const ModelShape& a, const ModelShape& b) {
   EXPECT_EQ(a.rope_theta, b.rope_theta);
   EXPECT_EQ(a.sliding_window, b.sliding_window);
   EXPECT_EQ(a.attention_bias, b.attention_bias);
+  EXPECT_EQ(a.attention_output_bias, b.attention_output_bias);
+  EXPECT_EQ(a.qk_norm, b.qk_norm);
   EXPECT_EQ(a.tie_word_embeddings, b.tie_word_embeddings);
   EXPECT_EQ(a.initializer_range, b.initializer_range);
 }
@@ -39,11 +42,92 @@ TEST(HfConfig, RoundTripsEveryField) {
   shape.initializer_range = 0.0123;
   shape.head_dim = 96;
   expect_equal(from_hf_config(to_hf_config(shape, DType::kBf16), "config.json"), shape);
-  shape.attention_bias = true;
+  shape.attention_bias = shape.attention_output_bias = true;
   shape.tie_word_embeddings = true;
   expect_equal(from_hf_config(to_hf_config(shape, DType::kFp32), "config.json"), shape);
   shape.sliding_window = 128;
   expect_equal(from_hf_config(to_hf_config(shape, DType::kFp32), "config.json"), shape);
+}
+
+// Every mixture of what Llama, Mistral, Qwen2 and Qwen3 have, by the name that computes it.
+TEST(HfConfig, AttentionRoundTripsUnderTheNameThatComputesIt) {
+  for (int bits = 0; bits < 16; ++bits) {
+    ModelShape shape = testing::llama3_8b_shape();
+    shape.attention_bias = (bits & 1) != 0;
+    shape.attention_output_bias = (bits & 2) != 0;
+    shape.qk_norm = (bits & 4) != 0;
+    if ((bits & 8) != 0) shape.sliding_window = 4096;
+    const Json config = Json::parse(to_hf_config(shape, DType::kBf16));
+    static const std::map<int, std::string> types = {{0, "llama"},  {3, "llama"}, {8, "mistral"},
+                                                     {1, "qwen2"},  {9, "qwen2"}, {4, "qwen3"},
+                                                     {12, "qwen3"}, {7, "qwen3"}, {15, "qwen3"}};
+    const auto type = types.find(bits);
+    EXPECT_EQ(config["model_type"], type == types.end() ? "capstan_llama" : type->second) << bits;
+    expect_equal(from_hf_config(config.dump(), "config.json"), shape);
+  }
+}
+
+const char* const kQwen2 = R"({"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+    "bos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24,
+    "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": true, "use_sliding_window": false,
+    "vocab_size": 151936})";
+
+// As Qwen2.5 0.5B is published: the window is not used.
+TEST(HfConfig, Qwen2AsItIsPublished) {
+  const ModelShape shape = from_hf_config(kQwen2, "config.json");
+  EXPECT_EQ(shape.family, "llama");
+  EXPECT_EQ(shape.head_dim, 64);
+  EXPECT_EQ(shape.rope_theta, 1e6);
+  EXPECT_TRUE(shape.attention_bias);
+  EXPECT_FALSE(shape.attention_output_bias);
+  EXPECT_FALSE(shape.qk_norm);
+  EXPECT_FALSE(shape.sliding_window);
+  EXPECT_TRUE(shape.tie_word_embeddings);
+  const Json written = Json::parse(to_hf_config(shape, DType::kBf16));
+  EXPECT_EQ(written["architectures"][0], "Qwen2ForCausalLM");
+  EXPECT_EQ(written["use_sliding_window"], false);
+  EXPECT_EQ(written["tie_word_embeddings"], true);
+}
+
+TEST(HfConfig, Qwen3HasHeadsOf128UnlessItSays) {
+  Json config = Json::parse(kQwen2);
+  config["model_type"] = "qwen3";
+  config["num_attention_heads"] = 9;  // no divisor of the width
+  config["num_key_value_heads"] = 3;
+  const ModelShape shape = from_hf_config(config.dump(), "config.json");
+  EXPECT_EQ(shape.head_dim, 128);
+  EXPECT_TRUE(shape.qk_norm);
+  EXPECT_FALSE(shape.attention_bias);
+  config["attention_bias"] = true;
+  EXPECT_TRUE(from_hf_config(config.dump(), "config.json").attention_output_bias);
+}
+
+TEST(HfConfig, QwenWindowsAreOfAllLayersOrNone) {
+  Json config = Json::parse(kQwen2);
+  const auto window = [&] { return from_hf_config(config.dump(), "c").sliding_window; };
+  const auto refusal = [&] {
+    try {
+      return std::string(window() ? "a window" : "none");
+    } catch (const DataError& e) {
+      return std::string(e.what());
+    }
+  };
+  config["use_sliding_window"] = true;
+  EXPECT_FALSE(window());  // begins behind the last layer
+  config["max_window_layers"] = 0;
+  EXPECT_EQ(window(), 32768);
+  for (const Json& some : {Json(20), Json(nullptr), Json("all")}) {
+    config["max_window_layers"] = some;
+    EXPECT_THAT(refusal(), HasSubstr("max_window_layers")) << some;
+  }
+  config["use_sliding_window"] = false;
+  config["layer_types"] = Json(24, "full_attention");
+  EXPECT_FALSE(window());
+  config["layer_types"][3] = "sliding_attention";
+  EXPECT_THAT(refusal(), HasSubstr("layer_types"));
 }
 
 ModelShape gpt2_shape() {
@@ -57,7 +141,7 @@ ModelShape gpt2_shape() {
   shape.head_dim = 64;
   shape.max_position_embeddings = 1024;
   shape.hidden_act = "gelu_pytorch_tanh";
-  shape.attention_bias = shape.tie_word_embeddings = true;
+  shape.attention_bias = shape.attention_output_bias = shape.tie_word_embeddings = true;
   return shape;
 }
 
@@ -110,7 +194,7 @@ TEST(HfConfig, NamesTheArchitectureThatComputesTheSame) {
   shape.sliding_window = 64;  // llama readers ignore a window, mistral readers honour it
   EXPECT_EQ(config()["model_type"], "mistral");
   EXPECT_EQ(config()["architectures"][0], "MistralForCausalLM");
-  shape.attention_bias = true;  // mistral has no biases
+  shape.attention_bias = shape.attention_output_bias = true;  // mistral has no biases
   EXPECT_EQ(config()["model_type"], "capstan_llama");
 }
 

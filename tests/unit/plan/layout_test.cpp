@@ -63,7 +63,7 @@ TEST(Layout, OneRankHoldsEverythingWhole) {
 
 TEST(Layout, FuseGroupsLieSideBySideAndGroupsAreAligned) {
   ModelShape shape = testing::tiny_shape();
-  shape.attention_bias = true;
+  shape.attention_bias = shape.attention_output_bias = true;
   const Layout layout = make_layout(shape, {.dp_replicate = 3});
   for (const FlatBuffer& buffer : layout.rank(2).buffers) {
     for (size_t i = 0; i < buffer.params.size(); ++i) {
@@ -153,7 +153,7 @@ TEST(Layout, KeyValueHeadsAreCopiedWhenThereAreTooFew) {
 
 TEST(Layout, ExtraSumsFollowSiteAndSequenceParallel) {
   ModelShape shape = testing::tiny_shape();
-  shape.attention_bias = true;
+  shape.attention_bias = shape.attention_output_bias = true;
   const std::string norm = "model.layers.0.input_layernorm.weight",
                     row_bias = "model.layers.0.self_attn.o_proj.bias",
                     column_bias = "model.layers.0.self_attn.q_proj.bias";
@@ -165,17 +165,16 @@ TEST(Layout, ExtraSumsFollowSiteAndSequenceParallel) {
   EXPECT_EQ(held(sequence, 1, norm).param.extra_sum, AxisSet(Axis::kTp));
   EXPECT_EQ(held(sequence, 1, row_bias).param.extra_sum, AxisSet(Axis::kTp));
   EXPECT_TRUE(held(sequence, 1, column_bias).param.extra_sum.empty());
-  // A copy that acts on split tensors (a norm of single heads) sees a part of the gradient on every
-  // rank.
-  std::vector<ParamSpec> table = table_of(shape);
-  table[static_cast<size_t>(index_of(table, norm))].site = Site::kSplit;
-  LayoutOptions options;
-  options.grid = Grid({.tp = 2});
-  EXPECT_EQ(held(Layout(shape, table, options), 1, norm).param.extra_sum, AxisSet(Axis::kTp));
-  options.grid = Grid(Grid::Sizes{});
-  options.sequence_parallel = true;
-  EXPECT_TRUE(
-      held(Layout(shape, table, options), 0, norm).param.extra_sum.empty());  // nobody to sum with
+  // A norm of single heads sees a part of the gradient on every rank.
+  shape.qk_norm = true;
+  const std::string head_norm = "model.layers.0.self_attn.k_norm.weight";
+  for (const bool sequence_parallel : {false, true}) {
+    const LayoutOptions options{.sequence_parallel = sequence_parallel};
+    EXPECT_EQ(held(make_layout(shape, {.tp = 2}, options), 1, head_norm).param.extra_sum,
+              AxisSet(Axis::kTp));
+    EXPECT_TRUE(held(make_layout(shape, {}, options), 0, head_norm)
+                    .param.extra_sum.empty());  // nobody to sum with
+  }
 }
 
 TEST(Layout, ShardsAreMultiplesOfTheAlignment) {

@@ -279,7 +279,8 @@ TEST(MoeConfig, NamesTheArchitectureThatComputesTheSame) {
     o.experts.groups_per_token = 2;
   });
   differs([](ModelShape& o) { o.experts.scaling = 2.5; });
-  differs([](ModelShape& o) { o.attention_bias = true; });
+  differs([](ModelShape& o) { o.attention_output_bias = true; });
+  differs([](ModelShape& o) { o.qk_norm = true; });
   differs([](ModelShape& o) { o.sliding_window = 64; });
 }
 
@@ -294,6 +295,19 @@ std::string refusal_of(const ModelShape& shape, const std::function<void(Json&)>
   return "accepted";
 }
 
+// As Qwen1.5-MoE has it, where the key is often left out.
+TEST(MoeConfig, Qwen2MoeMayHaveBiasesOfQkv) {
+  ModelShape shape = qwen_moe();
+  shape.attention_bias = true;
+  Json config = Json::parse(to_hf_config(shape, DType::kBf16));
+  EXPECT_EQ(config["model_type"], "qwen2_moe");
+  EXPECT_EQ(config["qkv_bias"], true);
+  config.erase("qkv_bias");
+  const ModelShape back = from_hf_config(config.dump(), "config.json");
+  EXPECT_TRUE(back.attention_bias);
+  EXPECT_FALSE(back.attention_output_bias);
+}
+
 TEST(MoeConfig, WhatThisBuildDoesNotComputeIsRefused) {
   const auto mixtral = [](const std::function<void(Json&)>& change) {
     return refusal_of(mixtral_8x7b(), change);
@@ -306,8 +320,7 @@ TEST(MoeConfig, WhatThisBuildDoesNotComputeIsRefused) {
   const auto qwen = [](const std::function<void(Json&)>& change) {
     return refusal_of(qwen_moe(), change);
   };
-  EXPECT_THAT(qwen([](Json& c) { c["qkv_bias"] = true; }), HasSubstr("qkv_bias"));
-  EXPECT_THAT(qwen([](Json& c) { c.erase("qkv_bias"); }), HasSubstr("qkv_bias"));
+  EXPECT_THAT(qwen([](Json& c) { c["qkv_bias"] = 1; }), HasSubstr("qkv_bias"));
   EXPECT_THAT(qwen([](Json& c) { c["decoder_sparse_step"] = 2; }),
               HasSubstr("decoder_sparse_step"));
   EXPECT_THAT(qwen([](Json& c) { c["mlp_only_layers"] = {0}; }), HasSubstr("mlp_only_layers"));

@@ -194,6 +194,8 @@ TEST(Pieces, ShardsOfCountedHoldersCoverEveryElementOnce) {
     shape.num_key_value_heads = 1 << pick(random, 0, 3);
     shape.vocab_size = pick(random, 3, 400);
     shape.attention_bias = pick(random, 0, 1) == 1;
+    shape.attention_output_bias = pick(random, 0, 1) == 1;
+    shape.qk_norm = pick(random, 0, 1) == 1;
     shape.tie_word_embeddings = pick(random, 0, 1) == 1;
     LayoutOptions options;
     options.grid = Grid(sizes);

@@ -31,6 +31,19 @@ TEST(Gpt2Rules, WhatIsLeftOutFollows) {
   EXPECT_TRUE(r.recipe.model.tie_word_embeddings);
   EXPECT_EQ(parse(kSmall).recipe.model.hidden_act, "silu");
   EXPECT_FALSE(parse(kSmall).recipe.model.attention_bias);
+  EXPECT_TRUE(r.recipe.model.attention_output_bias);
+}
+
+TEST(Gpt2Rules, TheOutputBiasFollowsTheOthers) {
+  const auto output = [](const Overrides& overrides) {
+    return parse(kSmall, overrides).recipe.model.attention_output_bias;
+  };
+  EXPECT_FALSE(output({}));
+  EXPECT_TRUE(output({"model.attention_bias=true"}));
+  EXPECT_FALSE(output({"model.attention_bias=true", "model.attention_output_bias=false"}));
+  EXPECT_TRUE(output({"model.attention_output_bias=true"}));
+  const Resolved r = parse(kSmall, {"model.attention_bias=true", "model.qk_norm=true"});
+  EXPECT_EQ(dump_recipe(parse(dump_recipe(r, true)).recipe), dump_recipe(r.recipe));
 }
 
 TEST(Gpt2Rules, WhatIsWrittenIsRead) {
@@ -50,6 +63,8 @@ TEST(Gpt2Rules, DumpsAreLegal) {
 TEST(Gpt2Rules, WhatItDoesNotHaveIsRefused) {
   expect_problem_of_gpt2("model.hidden_act", "silu", {"gelu_pytorch_tanh or gelu", "no gate"});
   expect_problem_of_gpt2("model.attention_bias", "false", {"need true", "has a bias"});
+  expect_problem_of_gpt2("model.attention_output_bias", "false", {"need true", "has a bias"});
+  expect_problem_of_gpt2("model.qk_norm", "true", {"need false", "as they are"});
   expect_problem_of_gpt2("model.rms_norm_eps", "1e-6", {"Set model.layer_norm_eps"});
   expect_problem_of_gpt2("model.rope_theta", "500000.0", {"learned positions"});
   expect_problem_of_gpt2("model.sliding_window", "8", {"need none", "whole row"});
