@@ -6,7 +6,6 @@
 
 #include <condition_variable>
 #include <cstring>
-#include <set>
 
 #include "support/fake_nccl_clique.h"
 
@@ -37,7 +36,7 @@ struct FakeFabric::State {
   std::map<std::pair<int, std::string>, NcclResult> failures;
   std::map<std::pair<int, std::string>, int> calls;
   std::map<int, NcclResult> async_errors;
-  std::set<int> hanging;
+  std::map<int, int64_t> hanging;  // how many of the rank's operations come before
   std::vector<std::string> misuses;
 
   void misuse(const FakeComm& comm, const char* what) {
@@ -58,9 +57,9 @@ void FakeFabric::set_async_error(int rank, NcclResult error) {
   state_->async_errors[rank] = error;
 }
 
-void FakeFabric::hang_next(int rank) {
+void FakeFabric::hang_next(int rank, int64_t after) {
   std::lock_guard lock(state_->mutex);
-  state_->hanging.insert(rank);
+  state_->hanging[rank] = after;
 }
 
 void FakeFabric::shut_down() {
@@ -244,7 +243,9 @@ void FakeNccl::start(std::vector<Pending> calls, bool is_recorded) {
   bool hangs = false;
   {
     std::lock_guard lock(fabric_->state_->mutex);
-    hangs = fabric_->state_->hanging.erase(rank_) > 0;
+    const auto hanging = fabric_->state_->hanging.find(rank_);
+    hangs = hanging != fabric_->state_->hanging.end() && hanging->second-- == 0;
+    if (hangs) fabric_->state_->hanging.erase(hanging);
     ++comm->queued;
   }
   const device::Stream stream = calls.front().stream;

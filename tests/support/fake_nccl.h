@@ -29,8 +29,9 @@ class FakeFabric {
   void fail_next(int rank, const std::string& call, comm::NcclResult result);
   // All communicators of the rank report this asynchronous error.
   void set_async_error(int rank, comm::NcclResult error);
-  // The rank's next operation holds its stream up until its communicator is aborted.
-  void hang_next(int rank);
+  // The rank's next operation, or the one `after` so many, holds its stream up until its
+  // communicator is aborted.
+  void hang_next(int rank, int64_t after = 0);
   // Ends all calls that wait for ranks to make a communicator; later ones fail.
   void shut_down();
 
