@@ -24,6 +24,7 @@
 #include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
 #include "engine/experts_note_internal.h"
+#include "engine/host_updates_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
 #include "engine/step_control_internal.h"
@@ -89,13 +90,15 @@ struct Engine::Impl {
 
   void make_optimizer() {
     const recipe::Optimizer& recipe = plan.resolved.optimizer;
-    if (!recipe.in_backward) {
+    const bool offloads = plan.resolved.parallel.zero.offload != "none";
+    if (!recipe.in_backward && !offloads) {
       optimizer = optim::make_optimizer(recipe, shards_of_optimizer());
       return;
     }
+    const auto seed = static_cast<uint64_t>(plan.resolved.run.seed);
     auto parts = std::make_unique<optim::PerShardOptimizer>(recipe, shards_of_optimizer());
-    in_backward.emplace(model, shards, shard_stores, *parts,
-                        static_cast<uint64_t>(plan.resolved.run.seed));
+    offloads ? void(host_updates.emplace(model, shards, shard_stores, *parts, seed))
+             : void(in_backward.emplace(model, shards, shard_stores, *parts, seed));
     optimizer = std::move(parts);
   }
 
@@ -133,8 +136,8 @@ struct Engine::Impl {
   }
 
   // Loss, gradient squares and flags of all ranks in one small reduction.
-  StepSums sum_over_ranks(double local_loss, int64_t target_tokens) {
-    const auto squares = in_backward ? in_backward->squares() : optim::sum_of_squares(shards);
+  StepSums sum_over_ranks(double local_loss, const optim::SquareSums& squares,
+                          int64_t target_tokens) {
     const Tensor sums = at::empty({4}, at::kDouble);
     auto* s = sums.data_ptr<double>();
     // Tensor-parallel ranks compute the same loss; one of them counts it. Ranks without the last
@@ -202,8 +205,14 @@ struct Engine::Impl {
              mesh.rank() == 0}};
   }
 
+  [[nodiscard]] optim::SquareSums own_squares() {
+    if (host_updates) return host_updates->await_squares();
+    return in_backward ? in_backward->squares() : optim::sum_of_squares(shards);
+  }
+
   void apply(const StepControl::Update& update) {
     const trace::Span span("optimizer", "update");
+    if (host_updates) return host_updates->update(update);
     optimizer->step({update.lr, update.gradient_scale, update.count,
                      static_cast<uint64_t>(plan.resolved.run.seed)});
     publish();
@@ -214,8 +223,9 @@ struct Engine::Impl {
 
   // Loss and gradient norm are read here.
   void close_step(const Tensor& loss, int64_t target_tokens) {
+    const optim::SquareSums squares = own_squares();
     const double local_loss = loss.defined() ? loss.item<double>() : 0;
-    auto verdict = control.close_step(sum_over_ranks(local_loss, target_tokens));
+    auto verdict = control.close_step(sum_over_ranks(local_loss, squares, target_tokens));
     if (verdict.update.apply && !in_backward) apply(verdict.update);
     if (model.fp8) finish_fp8(verdict.update.apply);
     if (model.balance)
@@ -260,6 +270,7 @@ struct Engine::Impl {
     work.uniform = &uniform;
     executor.run(work, [&](const Tensor&) {
       model.buckets->finish_step();
+      if (host_updates) host_updates->await_gradients();
       optimizer->observe_curvature(static_cast<double>(plan.batch.tokens_per_step));
     });
   }
@@ -314,6 +325,7 @@ struct Engine::Impl {
   std::vector<size_t> shard_stores;     // their stores
   std::unique_ptr<optim::Optimizer> optimizer;
   std::optional<BackwardUpdates> in_backward;  // optimizer.in_backward
+  std::optional<HostUpdates> host_updates;     // parallel.zero.offload
   std::optional<DeviceDecision> on_device;     // where the host does not wait for it
   std::optional<StepGraph> graph;              // run.graphs
   std::deque<StepReport> reports;              // of finished steps, not handed out yet

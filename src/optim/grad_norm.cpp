@@ -47,19 +47,20 @@ double squares(const Task& task) {
   return 0;
 }
 
-// Partial sums of fixed ranges, then in order: the same bits for any number of threads.
-SquareSums sum(const std::vector<Task>& tasks) {
-  std::vector<double> parts(tasks.size());
+void cut(std::vector<Task>& tasks, const parallel::Shard& shard) {
+  if (!shard.gradient.defined()) return;
+  for (const parallel::ShardRange& range : shard.ranges) cut(tasks, shard.gradient, range);
+}
+
+// Partial sums of fixed ranges: the same bits for any number of threads.
+SquareParts run(const std::vector<Task>& tasks) {
+  SquareParts parts{std::vector<double>(tasks.size()), {}};
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      parts[static_cast<size_t>(i)] = squares(tasks[static_cast<size_t>(i)]);
+      parts.sums[static_cast<size_t>(i)] = squares(tasks[static_cast<size_t>(i)]);
   });
-  SquareSums sums;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    sums.is_finite = sums.is_finite && std::isfinite(parts[i]);
-    if (tasks[i].counted) sums.counted += parts[i];
-  }
-  return sums;
+  for (const Task& task : tasks) parts.counted.push_back(task.counted);
+  return parts;
 }
 
 // Off the CPU: norms of ranges in fp64, read once.
@@ -82,18 +83,34 @@ SquareSums sum_of_squares(std::span<const parallel::Shard> shards) {
   if (const at::Device device = device_of(shards); !device.is_cpu())
     return sum_by_aten(shards, device);
   std::vector<Task> tasks;
-  for (const parallel::Shard& shard : shards) {
-    if (!shard.gradient.defined()) continue;
-    for (const parallel::ShardRange& range : shard.ranges) cut(tasks, shard.gradient, range);
+  for (const parallel::Shard& shard : shards) cut(tasks, shard);
+  const SquareParts parts = run(tasks);
+  return add_up({&parts, 1});
+}
+
+SquareParts parts_of_squares(const parallel::Shard& shard) {
+  std::vector<Task> tasks;
+  cut(tasks, shard);
+  return run(tasks);
+}
+
+SquareSums add_up(std::span<const SquareParts> shards) {
+  SquareSums sums;
+  for (const SquareParts& parts : shards) {
+    for (size_t i = 0; i < parts.sums.size(); ++i) {
+      sums.is_finite = sums.is_finite && std::isfinite(parts.sums[i]);
+      if (parts.counted[i]) sums.counted += parts.sums[i];
+    }
   }
-  return sum(tasks);
+  return sums;
 }
 
 double sum_of_squares(const at::Tensor& values) {
   CAPSTAN_CHECK(values.is_contiguous(), "norm of a strided tensor");
   std::vector<Task> tasks;
   cut(tasks, values, {.begin = 0, .end = values.numel()});
-  return sum(tasks).counted;
+  const SquareParts parts = run(tasks);
+  return add_up({&parts, 1}).counted;
 }
 
 double clip_factor(double norm, double max_norm) { return std::min(1.0, max_norm / (norm + 1e-6)); }

@@ -8,7 +8,8 @@
 namespace capstan::optim {
 
 PerShardOptimizer::PerShardOptimizer(const recipe::Optimizer& recipe,
-                                     const std::vector<parallel::Shard>& shards) {
+                                     const std::vector<parallel::Shard>& shards)
+    : of_none_(make_optimizer(recipe, {})) {
   for (const parallel::Shard& shard : shards) parts_.push_back(make_optimizer(recipe, {shard}));
 }
 
@@ -23,6 +24,14 @@ void PerShardOptimizer::step_on_device(const StepNumbers& numbers, uint64_t seed
 bool PerShardOptimizer::reads_device_numbers() const {
   return std::all_of(parts_.begin(), parts_.end(),
                      [](const auto& part) { return part->reads_device_numbers(); });
+}
+
+bool PerShardOptimizer::wants_curvature(int64_t finished_steps) const {
+  return of_none_->wants_curvature(finished_steps);
+}
+
+void PerShardOptimizer::observe_curvature(double tokens) {
+  for (const auto& part : parts_) part->observe_curvature(tokens);
 }
 
 std::vector<OptimizerState> PerShardOptimizer::states() {

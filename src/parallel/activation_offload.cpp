@@ -106,8 +106,7 @@ void OffloadedBlock::join() {
   state_ = State::kRead;
 }
 
-HostCopy::HostCopy(const Tensor& tensor, const std::shared_ptr<HostArena>& arena,
-                   std::shared_ptr<OffloadedBlock> block)
+HostCopy::HostCopy(const Tensor& tensor, std::shared_ptr<OffloadedBlock> block)
     : sizes_(tensor.sizes().vec()),
       strides_(flat_strides(tensor)),
       device_(tensor.device()),
@@ -116,6 +115,7 @@ HostCopy::HostCopy(const Tensor& tensor, const std::shared_ptr<HostArena>& arena
     host_ = flat(tensor).clone();
     return;
   }
+  const std::shared_ptr<HostArena>& arena = block_->link_.arena();
   const auto give_back = [arena](const HostArena::Place* place) {
     arena->give_back(*place);
     delete place;
@@ -140,13 +140,6 @@ Tensor HostCopy::get() {
   return back_.as_strided(sizes_, strides_);
 }
 
-ActivationOffload::ActivationOffload(const HostLink* link) : link_(link) {
-  if (link_) arena_ = std::make_shared<HostArena>(link_->accelerator());
-}
-ActivationOffload::~ActivationOffload() = default;
-
-int64_t ActivationOffload::pinned_bytes() const { return arena_ ? arena_->reserved_bytes() : 0; }
-
 // Another tensor may have got the address of one that is gone; its storage is another.
 bool ActivationOffload::Known::is(const Tensor& tensor) const {
   const auto alive = storage.lock();
@@ -160,7 +153,7 @@ std::shared_ptr<HostCopy> ActivationOffload::copy(const Tensor& tensor) {
                                   [&](const Known& entry) { return entry.is(tensor); });
   if (known != known_.end()) return known->copy.lock();
   if (link_ && !open_) open_ = std::make_shared<OffloadedBlock>(*link_);
-  auto made = std::make_shared<HostCopy>(tensor, arena_, open_);
+  auto made = std::make_shared<HostCopy>(tensor, open_);
   if (open_) open_->put(made, flat(tensor));
   known_.push_back({.storage = tensor.storage().getWeakStorageImpl(),
                     .offset = tensor.storage_offset(),

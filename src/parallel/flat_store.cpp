@@ -84,29 +84,34 @@ FlatStore::FlatStore(plan::FlatBuffer layout, const std::vector<plan::ParamSpec>
 
 void FlatStore::allocate() {
   const StorageTypes& types = options_.types;
-  const bool shares = value_dtype() == types.master && !options_.offload_optimizer;
-  const auto on = [](at::Device device, at::ScalarType type) {
-    return at::TensorOptions().device(device).dtype(type);
+  const bool offloads = options_.offload_optimizer, same = value_dtype() == types.master;
+  const auto here = [&](int64_t numel, at::ScalarType type) {
+    return at::zeros({numel}, at::TensorOptions().device(options_.device).dtype(type));
   };
-  const at::Device device = options_.device;
-  const at::Device optimizer_device = options_.offload_optimizer ? at::kCPU : device;
   if (options_.zero_stage < 3) {
-    full_ = at::zeros({layout_.numel}, on(device, value_dtype()));
+    full_ = here(layout_.numel, value_dtype());
     copy_ = own_part(full_);
     make_views();
   } else {
-    // In pinned memory the device reads a shard without the host waiting.
-    copy_ = options_.offload_parameters && !device.is_cpu()
-                ? device::accelerator()->empty_pinned({shard_numel_}, value_dtype()).zero_()
-                : at::zeros({shard_numel_}, on(device, value_dtype()));
+    copy_ =
+        options_.offload_parameters ? on_host(value_dtype()) : here(shard_numel_, value_dtype());
   }
-  master_ = shares ? copy_ : at::zeros({shard_numel_}, on(optimizer_device, types.master));
+  master_ = offloads ? on_host(types.master) : same ? copy_ : here(shard_numel_, types.master);
+  if (options_.link) {
+    gradient_there_ = std::make_unique<StreamMark>(options_.link->accelerator());
+    values_here_ = std::make_unique<StreamMark>(options_.link->accelerator());
+    if (!same && !copy_.device().is_cpu()) staged_ = on_host(value_dtype());
+  }
   if (!layout_.trainable) return;
   const int64_t kept = options_.zero_stage >= 2 ? shard_numel_ : layout_.numel;
-  if (!gradient_.defined()) gradient_ = at::zeros({kept}, on(device, types.gradients));
+  if (!gradient_.defined()) gradient_ = here(kept, types.gradients);
   if (options_.zero_stage >= 2) gradient_shard_ = std::exchange(gradient_, Tensor());
-  if (options_.offload_optimizer)
-    host_gradient_ = at::zeros({shard_numel_}, on(at::kCPU, types.gradients));
+  if (offloads) host_gradient_ = on_host(types.gradients);
+}
+
+Tensor FlatStore::on_host(at::ScalarType type) const {
+  return options_.link ? options_.link->pinned(shard_numel_, type).zero_()
+                       : at::zeros({shard_numel_}, type);
 }
 
 Tensor FlatStore::empty(at::ScalarType type) const {
@@ -143,18 +148,43 @@ void FlatStore::initialize(uint64_t seed, const std::string& model) {
 void FlatStore::prefetch() {
   if (full_.defined()) return;
   full_ = empty(value_dtype());
-  // Offloaded values come to the device first; the gather keeps what it reads alive.
-  gather_ = options_.shard.all_gather(
-      full_, options_.offload_parameters
-                 ? copy_.to(options_.device, copy_.scalar_type(), !options_.device.is_cpu(), true)
-                 : copy_);
+  if (!options_.offload_parameters) return gather(copy_);
+  // Offloaded values come to the device first.
+  arriving_ = at::empty({shard_numel_}, full_.options());
+  receive(copy_, arriving_);
+  gather(arriving_);
+}
+
+// `to` <- `from` in host memory, behind what is queued by now; wait_for_gather() waits for it.
+void FlatStore::receive(const Tensor& from, const Tensor& to) {
+  if (!options_.link) return void(to.copy_(from));
+  const HostLink& link = *options_.link;
+  link.order(link.accelerator().current_stream(), link.to_device());
+  link.copy(from, to, link.to_device());
+  values_here_->set(link.to_device());
+  is_arriving_ = is_read_ = true;
+}
+
+// On the stream that brings the shard, where one does; behind whoever had the memory before.
+void FlatStore::gather(const Tensor& shard) {
+  std::optional<device::StreamGuard> there;
+  if (is_arriving_) {
+    const HostLink& link = *options_.link;
+    link.order(link.accelerator().current_stream(), link.to_device());
+    there.emplace(link.accelerator(), link.to_device());
+  }
+  gather_ = options_.shard.all_gather(full_, shard);
   is_gathering_ = true;
+  if (is_arriving_) values_here_->set(options_.link->to_device());
 }
 
 void FlatStore::wait_for_gather() {
+  if (std::exchange(is_arriving_, false))
+    values_here_->hold(options_.link->accelerator().current_stream());
   if (!std::exchange(is_gathering_, false)) return;
   gather_.wait();
   gather_ = {};
+  arriving_ = Tensor();
   if (values_.empty()) make_views();
 }
 
@@ -187,7 +217,21 @@ void FlatStore::begin_step() {
 void FlatStore::end_step() {
   keeps_full_ = false;
   drop_full();
-  if (host_gradient_.defined()) host_gradient_.copy_(gradient_shard());
+}
+
+void FlatStore::send_gradient() {
+  if (!host_gradient_.defined()) return;
+  if (!options_.link) return void(host_gradient_.copy_(gradient_shard()));
+  const HostLink& link = *options_.link;
+  link.order(link.accelerator().current_stream(), link.to_host());
+  link.copy(gradient_shard(), host_gradient_, link.to_host());
+  gradient_there_->set(link.to_host());
+  is_sending_ = true;
+}
+
+void FlatStore::await_gradient() {
+  if (std::exchange(is_sending_, false)) gradient_there_->synchronize();
+  if (std::exchange(is_read_, false)) values_here_->synchronize();
 }
 
 Tensor FlatStore::take_gradient(bool is_last_pass) {
@@ -236,9 +280,9 @@ Tensor FlatStore::gradient_shard() const {
 }
 
 Shard FlatStore::shard() const {
-  const bool copies = !copy_.is_same(master_) && !options_.offload_optimizer;
+  const Tensor values = host_values();
   return {.master = master_,
-          .copy = copies ? copy_ : Tensor(),
+          .copy = values.is_same(master_) ? Tensor() : values,
           .gradient = host_gradient_.defined() ? host_gradient_ : gradient_shard(),
           .begin = shard_begin_,
           .ranges = ranges_of(layout_, table_, shard_begin_, shard_begin_ + shard_numel_,
@@ -266,21 +310,35 @@ Shard FlatStore::numbered_shard() const {
   return numbered;
 }
 
+// What the optimizer leaves of the values, in their dtype: the copy or what is sent to it.
+Tensor FlatStore::host_values() const {
+  if (staged_.defined()) return staged_;
+  return options_.offload_optimizer && value_dtype() == options_.types.master ? master_ : copy_;
+}
+
+void FlatStore::send_values() {
+  const Tensor values = host_values();
+  if (values.is_same(copy_)) return;
+  copy_.device().is_cpu() ? void(copy_.copy_(values)) : receive(values, copy_);
+}
+
 void FlatStore::publish() {
-  if (options_.offload_optimizer) copy_.copy_(master_);
   ++version_;
   if (options_.zero_stage == 3) {
     drop_full();
     CAPSTAN_CHECK(!full_.defined(), "block {} updated while it is open", layout_.block);
-  } else if (options_.zero_stage > 0 && options_.shard.size() > 1) {
-    wait_for_gather();
-    gather_ = options_.shard.all_gather(full_, copy_);
-    is_gathering_ = true;
+  } else {
+    wait_for_gather();  // of an update that nobody read
   }
+  if (options_.offload_optimizer) send_values();
+  if (options_.zero_stage > 0 && options_.zero_stage < 3 && options_.shard.size() > 1)
+    gather(copy_);
 }
 
 void FlatStore::refresh() {
-  if (!copy_.is_same(master_)) copy_.copy_(master_);
+  if (std::exchange(is_read_, false)) values_here_->synchronize();
+  const Tensor values = host_values();
+  if (!values.is_same(master_)) values.copy_(master_);
   publish();
 }
 

@@ -25,7 +25,14 @@ GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatSt
       bucket_of_(stores_.size(), -1),
       hooks_(std::move(hooks)),
       is_complete_(stores_.size(), false),
+      has_arrived_(buckets_.size(), false),
       reduction_(reduction) {
+  is_alone_ = std::all_of(buckets_.begin(), buckets_.end(), [](const Bucket& bucket) {
+    return bucket.sum.size() == 1 && bucket.replicas.size() == 1;
+  });
+  offloads_ = std::any_of(stores_.begin(), stores_.end(), [](const FlatStore* store) {
+    return store->options().offload_optimizer;
+  });
   for (size_t b = 0; b < buckets_.size(); ++b)
     for (const int s : buckets_[b].stores)
       bucket_of_.at(static_cast<size_t>(s)) = static_cast<int>(b);
@@ -35,7 +42,9 @@ GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatSt
 void GradientBuckets::begin_step() {
   for (FlatStore* store : stores_) store->begin_step();
   std::fill(is_complete_.begin(), is_complete_.end(), false);
+  std::fill(has_arrived_.begin(), has_arrived_.end(), false);
   pending_.clear();
+  waiting_.clear();
   shard_sums_.clear();
   next_ = 0;
   finished_ = 0;
@@ -97,19 +106,25 @@ void GradientBuckets::issue_bucket(int index) {
   if (bucket.sum.size() > 1) pending.work = bucket.sum.all_reduce(sent);
   const bool has_memory = pending.travelling.defined();
   pending_.push_back(std::move(pending));
-  while (has_memory && pending_.size() > kMostPending) retire();
+  while ((has_memory || offloads_) && pending_.size() > kMostPending) retire();
   ++finished_;
-  if (update_) update_bucket(index);
+  if (!update_) return;
+  waiting_.push_back(index);
+  update_buckets(is_alone_ ? 0 : 1);
 }
 
-// The next block writes to the same memory, so nothing stays on its way.
-void GradientBuckets::update_bucket(int index) {
-  const Bucket& bucket = buckets_[static_cast<size_t>(index)];
-  while (!pending_.empty()) retire();
-  sum_shards(bucket.replicas, bucket.stores);
-  retire_sums(0);
-  if (hooks_.after_reduce) hooks_.after_reduce(index, summed(bucket));
-  for (const int s : bucket.stores) update_(s);
+// The block after the next writes to the same memory: by then the update has read it.
+void GradientBuckets::update_buckets(size_t most_waiting) {
+  for (; waiting_.size() > most_waiting; waiting_.pop_front()) {
+    const int index = waiting_.front();
+    const auto is_its_own = [&](const Pending& pending) { return pending.bucket == index; };
+    while (std::any_of(pending_.begin(), pending_.end(), is_its_own)) retire();
+    const Bucket& bucket = buckets_[static_cast<size_t>(index)];
+    sum_shards(bucket.replicas, bucket.stores);
+    retire_sums(0);
+    if (hooks_.after_reduce) hooks_.after_reduce(index, summed(bucket));
+    for (const int s : bucket.stores) update_(s);
+  }
 }
 
 void GradientBuckets::issue_shard(int index, bool is_last) {
@@ -117,6 +132,7 @@ void GradientBuckets::issue_shard(int index, bool is_last) {
   FlatStore& store = *stores_[static_cast<size_t>(bucket.stores.front())];
   Pending pending;
   pending.bucket = index;
+  pending.is_last = is_last;
   pending.taken = store.take_gradient(is_last);
   sum_partial(bucket, {pending.taken});
   if (hooks_.before_reduce) hooks_.before_reduce(index, pending.taken);
@@ -128,7 +144,9 @@ void GradientBuckets::issue_shard(int index, bool is_last) {
   while (pending_.size() > kMostPending) retire();
   if (!is_last) return;
   ++finished_;
-  if (update_) update_bucket(index);
+  if (!update_) return;
+  waiting_.push_back(index);
+  update_buckets(is_alone_ ? 0 : 1);
 }
 
 void GradientBuckets::retire() {
@@ -137,8 +155,19 @@ void GradientBuckets::retire() {
   pending.work.wait();
   const Bucket& bucket = buckets_[static_cast<size_t>(pending.bucket)];
   if (pending.travelling.defined()) bucket.gradients.copy_(pending.travelling);
-  if (!pending.target.defined()) return;
-  stores_[static_cast<size_t>(bucket.stores.front())]->add_to_shard(pending.target);
+  if (pending.target.defined())
+    stores_[static_cast<size_t>(bucket.stores.front())]->add_to_shard(pending.target);
+  const bool is_summed = pending.is_last && bucket.replicas.size() == 1 && bucket.tied.size() == 1;
+  if (offloads_ && is_summed) arrive(pending.bucket);
+}
+
+// Once per step, when nothing more is added.
+void GradientBuckets::arrive(int index) {
+  if (has_arrived_[static_cast<size_t>(index)]) return;
+  has_arrived_[static_cast<size_t>(index)] = true;
+  const Bucket& bucket = buckets_[static_cast<size_t>(index)];
+  if (hooks_.after_reduce) hooks_.after_reduce(index, summed(bucket));
+  for (const int s : bucket.stores) stores_[static_cast<size_t>(s)]->send_gradient();
 }
 
 void GradientBuckets::sum_shards(const comm::Communicator& group, const std::vector<int>& stores) {
@@ -175,10 +204,10 @@ Tensor GradientBuckets::summed(const Bucket& bucket) const {
 void GradientBuckets::finish_step() {
   CAPSTAN_CHECK(finished_ == static_cast<int>(buckets_.size()), "{} of {} buckets were summed",
                 finished_, buckets_.size());
+  update_buckets(0);
   while (!pending_.empty()) retire();
   if (!update_) sum_replicas();
-  for (size_t b = 0; b < buckets_.size() && hooks_.after_reduce && !update_; ++b)
-    hooks_.after_reduce(static_cast<int>(b), summed(buckets_[b]));
+  for (size_t b = 0; b < buckets_.size() && !update_; ++b) arrive(static_cast<int>(b));
   for (FlatStore* store : stores_) store->end_step();
 }
 

@@ -6,6 +6,8 @@
 
 #include <exception>
 
+#include "parallel/host_arena_internal.h"
+
 namespace capstan::parallel {
 
 StreamMark::~StreamMark() {
@@ -17,8 +19,23 @@ StreamMark::~StreamMark() {
 
 HostLink::HostLink(device::Accelerator& accelerator)
     : accelerator_(accelerator),
+      arena_(std::make_shared<HostArena>(accelerator)),
       to_host_(accelerator.create_stream(false)),
       to_device_(accelerator.create_stream(false)) {}
+
+HostLink::~HostLink() {
+  try {
+    const device::Stream here = accelerator_.current_stream();
+    order(to_host_, here);
+    order(to_device_, here);
+  } catch (const std::exception&) {  // the device has failed before, which is being reported
+  }
+}
+
+Tensor HostLink::pinned(int64_t numel, at::ScalarType dtype) const {
+  const auto bytes = numel * static_cast<int64_t>(c10::elementSize(dtype));
+  return arena_->memory(arena_->take(bytes)).narrow(0, 0, bytes).view(dtype);
+}
 
 void HostLink::order(device::Stream earlier, device::Stream later) const {
   StreamMark mark(accelerator_);

@@ -13,6 +13,7 @@
 #include "capstan/device/accelerator.h"
 #include "capstan/parallel/parallel_seams.h"
 #include "capstan/plan/fp8.h"
+#include "capstan/plan/gradient_places.h"
 
 namespace capstan::parallel {
 namespace {
@@ -156,7 +157,7 @@ class SharedMemory {
  public:
   SharedMemory(const plan::RankLayout& layout, const Request& r, at::TensorOptions options) {
     if (!r.plan.resolved.optimizer.in_backward) return;
-    places_ = plan::share_gradients(layout, r.model.shape.tie_word_embeddings,
+    places_ = plan::place_gradients(r.plan.grid, layout, r.model.shape.tie_word_embeddings,
                                     r.model.layout.options().zero_stage);
     memory_ = at::zeros({places_.numel}, options);
   }
@@ -217,7 +218,8 @@ std::vector<GradientBuckets::Bucket> make_sum_buckets(const plan::RankLayout& la
   return buckets;
 }
 
-StoreOptions store_options(const Request& r, const plan::FlatBuffer& buffer, WeightQueue* queue) {
+StoreOptions store_options(const Request& r, const plan::FlatBuffer& buffer,
+                           const ParallelModel& out) {
   const recipe::Zero& zero = recipe_of(r).zero;
   return {.types = storage_types(r.plan.precision),
           .device = device::run_device(),
@@ -225,9 +227,10 @@ StoreOptions store_options(const Request& r, const plan::FlatBuffer& buffer, Wei
           .reshard_after_forward = zero.reshard_after_forward,
           .offload_optimizer = zero.offload != "none",
           .offload_parameters = zero.offload == "all",
+          .link = zero.offload == "none" ? nullptr : out.link.get(),
           .counts_in_norm = r.mesh.index(buffer.replica_axes()) == 0,
           .shard = r.mesh.along(buffer.shard_axes),
-          .queue = queue};
+          .queue = out.queue.get()};
 }
 
 // Groups that only some layouts need are made here, by all ranks in the same order.
@@ -249,9 +252,8 @@ void store_flat(ParallelModel& out, const Request& r) {
   out.stores_of_block.resize(static_cast<size_t>(r.model.shape.num_blocks()));
   for (size_t i = 0; i < layout.buffers.size(); ++i) {
     const auto& buffer = layout.buffers[i];
-    out.stores.push_back(std::make_unique<FlatStore>(buffer, r.model.table(),
-                                                     store_options(r, buffer, out.queue.get()),
-                                                     std::move(gradients[i])));
+    out.stores.push_back(std::make_unique<FlatStore>(
+        buffer, r.model.table(), store_options(r, buffer, out), std::move(gradients[i])));
     stores.push_back(out.stores.back().get());
     out.stores_of_block[static_cast<size_t>(buffer.block)].push_back(static_cast<int>(i));
   }

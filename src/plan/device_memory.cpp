@@ -58,7 +58,8 @@ int64_t host_bytes(const Plan& plan, const RankLayout& layout) {
   for (const FlatBuffer& buffer : layout.buffers) {
     const int64_t shard = buffer.shard_numel();
     bytes += stored_bytes(shard, precision.master);
-    if (offload == "all") bytes += stored_bytes(shard, value_dtype(precision, buffer));
+    if (offload == "all" || stages_values(plan, buffer))
+      bytes += stored_bytes(shard, value_dtype(precision, buffer));
     if (!buffer.trainable) continue;
     bytes += stored_bytes(shard, precision.gradients);
     for (const StateSpec& state :

@@ -12,6 +12,8 @@ namespace capstan::plan {
   return allocation_bytes(saturating_multiply(elements, static_cast<int64_t>(size_of(dtype))));
 }
 
+// Whether values of the buffer pass through host memory on their way from the optimizer there.
+[[nodiscard]] bool stages_values(const Plan& plan, const FlatBuffer& buffer);
 // What lives as long as the run: values, master, gradients, moments.
 void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layout);
 

@@ -319,11 +319,8 @@ class StepWalk {
     if (std::exchange(buffer.collects, false)) gradients_ -= buffer.gradients;
     let_go(buffer.rounded);
   }
-  // Behind the sum of the next one, or at once where the optimizer has read it.
-  void let_go(int64_t bytes) {
-    const bool at_once = plan_.resolved.optimizer.in_backward;
-    gradients_ -= at_once ? bytes : std::exchange(pending_, bytes);
-  }
+  // Behind the sum of the next one.
+  void let_go(int64_t bytes) { gradients_ -= std::exchange(pending_, bytes); }
 
   void visit(int64_t workspace) {
     most_hosted_ = std::max(most_hosted_, hosted_);

@@ -1,5 +1,6 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
+#include "capstan/plan/gradient_places.h"
 #include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
 
@@ -17,12 +18,18 @@ int64_t bucket_bytes_of(const Plan& plan, const RankLayout& layout) {
 }
 
 int64_t shared_bytes_of(const Plan& plan, const RankLayout& layout) {
-  const SharedGradients shared = share_gradients(layout, plan.model().shape.tie_word_embeddings,
-                                                 plan.model().layout.options().zero_stage);
+  const SharedGradients shared =
+      place_gradients(plan.grid, layout, plan.model().shape.tie_word_embeddings,
+                      plan.model().layout.options().zero_stage);
   return stored_bytes(shared.numel, plan.precision.gradients);
 }
 
 }  // namespace
+
+bool stages_values(const Plan& plan, const FlatBuffer& buffer) {
+  return plan.resolved.run.device == "cuda" && plan.resolved.parallel.zero.offload == "optimizer" &&
+         value_dtype(plan.precision, buffer) != plan.precision.master;
+}
 
 void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layout) {
   const int stage = plan.model().layout.options().zero_stage;
@@ -40,6 +47,7 @@ void add_storage(MemoryReport& memory, const Plan& plan, const RankLayout& layou
     // Values are the master where nothing differs.
     if (values != precision.master || offloads)
       memory.master += stored_bytes(shard, precision.master);
+    if (stages_values(plan, buffer)) memory.parameters += stored_bytes(shard, values);
     if (!buffer.trainable) continue;
     if (stage > 0 && !shares)
       memory.gradients += stored_bytes(stage == 1 ? buffer.numel : shard, precision.gradients);

@@ -19,6 +19,19 @@ class Gpu(Program):
         losses = [json.loads(self.check(*held, "--device", device).stdout)["loss"] for device in ("cuda", "cpu")]
         self.assertAlmostEqual(losses[0], losses[1], delta=1e-4)
 
+    def test_offload_trains_the_same_model(self):
+        losses = {}
+        offloads = {"plain": (), "activations": ("parallel.offload_activations=true",), "optimizer": ("parallel.zero.offload=optimizer",),
+                    "all": ("parallel.zero.stage=3", "parallel.zero.offload=all", "parallel.offload_activations=true")}
+        for name, keys in offloads.items():
+            sets = [word for key in ("run.device=cuda", "run.deterministic=true", "run.steps=20", *keys) for word in ("--set", key)]
+            self.train(name, *sets)
+            losses[name] = [self.steps(name)[step]["loss"] for step in range(1, 21)]
+        self.assertEqual(losses["activations"], losses["plain"])
+        for name in ("optimizer", "all"):
+            for got, want in zip(losses[name], losses["plain"]):
+                self.assertAlmostEqual(got, want, delta=1e-3)
+
     def test_auto_takes_the_gpu(self):
         self.train("auto", "--set", "run.device=cpu")
         self.assertIn("on GPU 0", self.check("generate", "--model", "runs/auto", "--prompt", "let", "--max-tokens", "2").stderr)

@@ -9,7 +9,7 @@
 
 #include "capstan/base/error.h"
 #include "capstan/ops/device_kernels.h"
-#include "ranks/engine_fixture.h"
+#include "ranks/device_runs.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
 
@@ -120,6 +120,26 @@ TEST_P(InBackwardOnADevice, AStepWithoutTargetsIsSkipped) {
         EXPECT_EQ(engine.scalars().optimizer_count, 0);
       },
       kOnOwnThread);
+}
+
+// The sum of a block travels while the next block computes: neither touches the other's memory.
+TEST(InBackwardOnDevices, SameBitsOnRanks) {
+  for (const std::vector<std::string>& layout : std::vector<std::vector<std::string>>{
+           {"model.tie_word_embeddings=true"},
+           {"model.tie_word_embeddings=false", "precision.compute=bf16"},
+           {"parallel.zero.stage=1"},
+           {"parallel.zero.stage=2", "precision.compute=fp32", "precision.reduction=bf16"},
+           {"parallel.zero.stage=3"}}) {
+    SCOPED_TRACE(layout.front());
+    TinyRun run = make_run(layout);
+    run.ranks = 2;
+    run.overrides.insert(run.overrides.end(),
+                         {"batch.micro_samples=4", "model.num_hidden_layers=4"});
+    const DeviceOutcome within = run_on_device(in_backward(run)), behind = run_on_device(run);
+    EXPECT_EQ(within.hash, behind.hash);
+    for (size_t i = 0; i < behind.reports.size(); ++i)
+      EXPECT_EQ(within.reports.at(i).loss, behind.reports[i].loss);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Forms, InBackwardOnADevice, ::testing::Bool(),

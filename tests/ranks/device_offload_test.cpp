@@ -5,14 +5,12 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include <mutex>
+#include <algorithm>
 
 #include "capstan/parallel/activation_offload.h"
 #include "parallel/host_arena_internal.h"
-#include "ranks/engine_fixture.h"
-#include "support/fake_device/device_ranks.h"
+#include "ranks/device_runs.h"
 #include "support/fake_device/fake_device.h"
-#include "support/run_ranks.h"
 
 namespace capstan::engine::testing {
 namespace {
@@ -20,6 +18,12 @@ namespace {
 using parallel::ActivationOffload;
 using parallel::HostArena;
 using parallel::HostLink;
+
+class TheDevice : public ::testing::Environment {
+ public:
+  void SetUp() override { test::install_fake_device(); }
+};
+const auto* const device = ::testing::AddGlobalTestEnvironment(new TheDevice);
 
 at::TensorOptions on_device() { return at::TensorOptions().device(test::fake_device()); }
 int64_t allocated() { return test::install_fake_device().memory().allocated_bytes; }
@@ -107,8 +111,8 @@ TEST_F(OffloadToTheHost, PinnedMemoryIsUsedAgain) {
       EXPECT_EQ(kept[block]->get().max().cpu().item<double>(), 10 * step + static_cast<int>(block));
       kept.pop_back();
     }
-    if (step == 0) pinned = offload_.pinned_bytes();
-    EXPECT_EQ(offload_.pinned_bytes(), pinned);
+    if (step == 0) pinned = link_.arena()->reserved_bytes();
+    EXPECT_EQ(link_.arena()->reserved_bytes(), pinned);
   }
 }
 
@@ -130,53 +134,6 @@ TEST_F(OffloadToTheHost, WhatIsDroppedUnreadIsNotGivenAwayTooEarly) {
   second_block.reset();
   EXPECT_NO_THROW((void)filled(4096));
   EXPECT_NO_THROW((void)filled(2048));
-}
-
-struct Outcome {
-  std::vector<StepReport> reports;
-  std::string hash;
-  int64_t waits = 0;  // of the host, from the third step on
-  int64_t peak = 0;   // device memory above what was there before
-};
-
-Outcome run_on_device(const TinyRun& run) {
-  const plan::Plan plan = make_tiny_plan(run);
-  device::Accelerator& gpu = test::install_fake_device();
-  Outcome out;
-  std::mutex mutex;
-  const auto on_rank = [&](comm::Communicator world) {
-    const test::BackwardOnThisThread here;
-    const int64_t before = gpu.memory().allocated_bytes;
-    gpu.reset_peak();
-    mesh::Mesh mesh(world, plan.grid);
-    Engine engine(plan, mesh);
-    std::vector<StepReport> reports;
-    int64_t waits = 0;
-    for (int step = 0; step < run.steps; ++step) {
-      if (step == 2) waits = test::host_syncs();
-      engine.start_step(make_batches(plan, mesh.grid().data_parallel_index(world.rank()), step),
-                        *make_next_token_objective());
-      if (engine.unreported_steps() > 1) reports.push_back(engine.finish_step());
-    }
-    while (engine.unreported_steps() > 0) reports.push_back(engine.finish_step());
-    waits = test::host_syncs() - waits;
-    const int64_t peak = gpu.memory().peak_bytes - before;
-    const std::string hash = engine.weights_hash();
-    const std::lock_guard lock(mutex);
-    if (world.rank() == 0) out = {reports, hash, waits, peak};
-  };
-  // Ranks alone do not communicate by NCCL.
-  run.ranks == 1 ? test::run_ranks(1, on_rank) : test::run_device_ranks(run.ranks, on_rank);
-  return out;
-}
-
-void expect_same_bits(const Outcome& got, const Outcome& want) {
-  EXPECT_EQ(got.hash, want.hash);
-  ASSERT_EQ(got.reports.size(), want.reports.size());
-  for (size_t i = 0; i < got.reports.size(); ++i) {
-    EXPECT_EQ(got.reports[i].loss, want.reports[i].loss);
-    EXPECT_EQ(got.reports[i].grad_norm, want.reports[i].grad_norm);
-  }
 }
 
 // Tensors of these runs are large enough to travel.
@@ -212,38 +169,145 @@ TEST(DeviceOffload, ActivationsOnTheHostChangeNoBit) {
 TEST(DeviceOffload, TheHostWaitsForNoActivation) {
   for (const char* more : {"parallel.recompute.mode=none", "parallel.recompute.mode=block"}) {
     const TinyRun run{.overrides = {more, "parallel.offload_activations=true"}};
-    const Outcome got = run_on_device(with(run, "precision.compute=fp32"));
+    const DeviceOutcome got = run_on_device(with(run, "precision.compute=fp32"));
     EXPECT_EQ(got.waits, 0) << test::last_host_syncs(got.waits);
   }
 }
 
+// Device memory of a GPU by the plan.
+int64_t predicted(const TinyRun& run) {
+  plan::Plan plan = make_tiny_plan(run);
+  plan.resolved.run.device = "cuda";
+  const plan::MemoryReport m = plan::report_memory(plan, 0);
+  return m.needed() - m.device;
+}
+
+void expect_saved_as_planned(TinyRun run, const std::vector<std::string>& offload) {
+  const int64_t plain = run_on_device(run).peak, plain_by_plan = predicted(run);
+  run.overrides.insert(run.overrides.end(), offload.begin(), offload.end());
+  const auto saved = static_cast<double>(plain - run_on_device(run).peak),
+             saved_by_plan = static_cast<double>(plain_by_plan - predicted(run));
+  EXPECT_NEAR(saved, saved_by_plan, saved_by_plan / 10) << offload.back();
+  std::printf("%s: %.2f of %.2f MiB saved, by the plan %.2f of %.2f\n", offload.back().c_str(),
+              saved / 1048576, static_cast<double>(plain) / 1048576, saved_by_plan / 1048576,
+              static_cast<double>(plain_by_plan) / 1048576);
+}
+
 // On the device are two blocks at most, the one that computes and the one whose tensors leave or
-// arrive: what the plan says for a GPU.
+// arrive.
 TEST(DeviceOffload, MemoryIsWhatThePlanSays) {
   const std::vector<std::string> model = {
-      "model.hidden_size=64",        "model.intermediate_size=128", "model.num_hidden_layers=8",
-      "precision.compute=bf16",      "batch.micro_samples=8",       "batch.sequence_length=128",
-      "optimizer.max_grad_norm=none"};
-  for (const char* recompute : {"none", "block"}) {
-    SCOPED_TRACE(recompute);
-    TinyRun run{.steps = 3, .overrides = model};
-    run.overrides.push_back(std::string("parallel.recompute.mode=") + recompute);
-    const auto predicted = [](const TinyRun& of) {
-      plan::Plan plan = make_tiny_plan(of);
-      plan.resolved.run.device = "cuda";
-      const plan::MemoryReport m = plan::report_memory(plan, 0);
-      return m.needed() - m.device;
-    };
-    TinyRun offloaded = run;
-    offloaded.overrides.emplace_back("parallel.offload_activations=true");
-    const int64_t plain = run_on_device(run).peak, saved = plain - run_on_device(offloaded).peak;
-    const int64_t saved_by_plan = predicted(run) - predicted(offloaded);
-    std::printf("%s: plain %.2f MiB (plan %.2f), saved %.2f (plan %.2f)\n", recompute,
-                static_cast<double>(plain) / 1048576, static_cast<double>(predicted(run)) / 1048576,
-                static_cast<double>(saved) / 1048576, static_cast<double>(saved_by_plan) / 1048576);
-    EXPECT_NEAR(static_cast<double>(saved), static_cast<double>(saved_by_plan),
-                static_cast<double>(saved_by_plan) / 10);
+      "model.hidden_size=64",   "model.intermediate_size=128", "model.num_hidden_layers=8",
+      "precision.compute=bf16", "batch.micro_samples=8",       "batch.sequence_length=128",
+      "parallel.zero.stage=1"};
+  const TinyRun run{.steps = 3, .overrides = model};
+  const std::string activations = "parallel.offload_activations=true";
+  expect_saved_as_planned(run, {activations});
+  expect_saved_as_planned(run, {"parallel.zero.offload=optimizer"});
+  TinyRun again = run;
+  again.overrides.emplace_back("parallel.recompute.mode=block");
+  expect_saved_as_planned(again, {activations});
+}
+
+std::vector<TinyRun> runs_by_the_host() {
+  const auto zero = [](int stage, const std::string& offload, const std::string& more) {
+    return TinyRun{.ranks = 2,
+                   .overrides = {"parallel.zero.stage=" + std::to_string(stage),
+                                 "parallel.zero.offload=" + offload, more}};
+  };
+  return {
+      {.overrides = {"parallel.zero.offload=optimizer"}},
+      {.overrides = {"parallel.zero.offload=optimizer", "optimizer.max_grad_norm=none"}},
+      {.overrides = {"parallel.zero.offload=optimizer", "optimizer.name=sophia",
+                     "optimizer.sophia.interval=2"}},
+      {.ranks = 2,
+       .overrides = {"parallel.zero.offload=optimizer", "parallel.pipeline.size=2",
+                     "model.tie_word_embeddings=true"}},
+      zero(1, "optimizer", "parallel.offload_activations=true"),
+      zero(2, "optimizer", "parallel.zero.reduce=micro_batch"),
+      zero(3, "optimizer", "parallel.zero.reduce=micro_batch"),
+      zero(3, "all", "parallel.zero.prefetch=2"),
+      zero(3, "all", "parallel.zero.reshard_after_forward=false"),
+  };
+}
+
+// The same numbers, summed and rounded in another place.
+TEST(DeviceOffload, TheOptimizerOnTheHostIsTheOneOnTheDevice) {
+  for (TinyRun run : runs_by_the_host()) {
+    SCOPED_TRACE(run.overrides.front() + " " + run.overrides.back());
+    const DeviceOutcome got = run_on_device(run);
+    run.overrides.emplace_back("parallel.zero.offload=none");
+    const DeviceOutcome want = run_on_device(run);
+    ASSERT_EQ(got.reports.size(), want.reports.size());
+    for (size_t i = 0; i < got.reports.size(); ++i) {
+      EXPECT_NEAR(got.reports[i].loss, want.reports[i].loss, 1e-11);
+      EXPECT_NEAR(got.reports[i].grad_norm, want.reports[i].grad_norm, 1e-11);
+    }
   }
+}
+
+double loss_of(Engine& engine, int rank) {
+  for (const MicroBatch& batch : make_batches(engine.plan(), rank, 3)) engine.evaluate(batch);
+  return engine.report_eval().loss();
+}
+
+// What the optimizer rounds on the host is what the device reads.
+TEST(DeviceOffload, RoundedValuesComeBack) {
+  for (const char* zero : {"parallel.zero.stage=0", "parallel.zero.stage=3"})
+    for (const char* offload : {"optimizer", "all"}) {
+      if (std::string(offload) == "all" && std::string(zero).back() != '3') continue;
+      const TinyRun run{.overrides = {"precision.compute=bf16", zero,
+                                      std::string("parallel.zero.offload=") + offload}};
+      with_engines(run, [](int rank, Engine& engine) {
+        const test::BackwardOnThisThread here;
+        const double first = loss_of(engine, rank);
+        for (int step = 0; step < 3; ++step)
+          (void)engine.step(make_batches(engine.plan(), rank, step), *make_next_token_objective());
+        const double trained = loss_of(engine, rank);
+        EXPECT_NE(trained, first);
+        engine.restore(engine.scalars());  // rounds all weights again
+        EXPECT_EQ(loss_of(engine, rank), trained);
+      });
+    }
+}
+
+// Gradients leave while the backward goes on: that of a block when the next but one begins at the
+// latest. The host waits once for each of them and for each sent value, and for the loss.
+TEST(DeviceOffload, GradientsLeaveDuringTheBackward) {
+  const TinyRun run{.overrides = {"parallel.zero.offload=optimizer", "model.num_hidden_layers=6",
+                                  "batch.micro_samples=8", "model.tie_word_embeddings=false"}};
+  std::vector<std::string> events;
+  TinyHooks hooks;
+  hooks.hooks = [&](int) {
+    EngineHooks made;
+    made.trace = [&](const char* what, int index) {
+      if (std::string(what) == "backward") events.push_back("backward " + std::to_string(index));
+    };
+    made.after_reduce = [&](int, const Tensor&) { events.emplace_back("leaves"); };
+    return made;
+  };
+  with_engines(
+      run,
+      [&](int rank, Engine& engine) {
+        const test::BackwardOnThisThread here;
+        for (int step = 0; step < 3; ++step) {
+          events.clear();
+          const auto batches = make_batches(engine.plan(), rank, step);
+          const int64_t before = test::host_syncs();
+          (void)engine.step(batches, *make_next_token_objective());
+          const auto stores = std::count(events.begin(), events.end(), "leaves");
+          const int64_t waits = test::host_syncs() - before;
+          if (step > 0) {
+            EXPECT_EQ(waits, 2 * stores + 1) << test::last_host_syncs(waits);
+          }
+        }
+      },
+      hooks);
+  const auto first = std::find(events.begin(), events.end(), "leaves");
+  ASSERT_NE(first, events.end());
+  EXPECT_EQ(*(first - 1), "backward 6") << "the head's gradient leaves behind the last layer's";
+  EXPECT_LE(std::count(first, events.end(), "leaves"), 8);
+  EXPECT_GE(std::count(first, std::find(first, events.end(), "backward 0"), "leaves"), 6);
 }
 
 }  // namespace

@@ -7,10 +7,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "capstan/base/error.h"
+#include "capstan/checkpoint/saver.h"
 #include "ranks/engine_fixture.h"
+#include "support/run_ranks.h"
+#include "support/temp_dir.h"
 
 namespace capstan::engine::testing {
 namespace {
@@ -26,6 +30,16 @@ TinyRun make_run(std::vector<std::string> overrides, int ranks = 1, int steps = 
 TinyRun in_backward(TinyRun run) {
   run.overrides.emplace_back("optimizer.in_backward=true");
   return run;
+}
+
+void with_worlds(const TinyRun& run,
+                 const std::function<void(const comm::Communicator&, Engine&)>& fn) {
+  const plan::Plan plan = make_tiny_plan(run);
+  test::run_ranks(run.ranks, [&](const comm::Communicator& world) {
+    mesh::Mesh mesh(world, plan.grid);
+    Engine engine(plan, mesh);
+    fn(world, engine);
+  });
 }
 
 struct Case {
@@ -95,6 +109,45 @@ TEST_P(InBackward, StateMovesBothWays) {
     });
 }
 
+// The same through the files of a checkpoint.
+TEST(InBackwardCheckpoint, LoadsInARunOfTheOtherKind) {
+  for (const std::vector<std::string>& layout :
+       {std::vector<std::string>{"parallel.zero.stage=0"},
+        {"parallel.zero.stage=3", "precision.compute=bf16", "optimizer.moments=bf16"}}) {
+    const TinyRun behind = make_run(layout, 2), within = in_backward(behind);
+    const std::string whole = train(behind).hash;
+    for (const auto& [first, second] : {std::pair(behind, within), std::pair(within, behind)}) {
+      const test::TempDir folder;
+      EngineScalars scalars;
+      const auto objective = make_next_token_objective();
+      const auto go_on = [&](Engine& engine, int rank, int64_t from) {
+        for (int64_t step = from; step < from + 2; ++step)
+          (void)engine.step(make_batches(engine.plan(), rank, step), *objective);
+      };
+      with_worlds(first, [&](const comm::Communicator& world, Engine& engine) {
+        go_on(engine, world.rank(), 0);
+        checkpoint::CommunicatorGroup group(world.control());
+        checkpoint::SaveRequest request;
+        request.directory = folder.path();
+        request.step = 2;
+        request.state = checkpoint::blobs_of(engine.state_entries());
+        (void)checkpoint::save_step(request, group);
+        if (world.rank() == 0) scalars = engine.scalars();
+      });
+      with_worlds(second, [&](const comm::Communicator& world, Engine& engine) {
+        checkpoint::CommunicatorGroup group(world.control());
+        const auto step =
+            checkpoint::find_newest_good_step(folder.path(), checkpoint::Verify::kFull, group);
+        auto blobs = checkpoint::blobs_of(engine.state_entries());
+        (void)checkpoint::load_state(step.value(), blobs);
+        engine.restore(scalars);
+        go_on(engine, world.rank(), 2);
+        EXPECT_EQ(engine.weights_hash(), whole) << layout.front();
+      });
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, InBackward, ::testing::ValuesIn(cases()),
                          [](const auto& one) { return std::string(one.param.name); });
 
@@ -126,23 +179,29 @@ TEST(InBackwardOfRanks, IsTheRunWithoutIt) {
   }
 }
 
-// A block is updated before the backward of the block below it begins.
-TEST(InBackwardOrder, BlocksAreUpdatedOnTheWay) {
-  std::vector<std::string> seen;
+// Backwards of blocks, sums that are issued and updates, in the order of rank 0.
+std::string order_of(int ranks) {
+  std::string seen;
   TinyHooks hooks;
-  hooks.hooks = [&](int) {
+  hooks.hooks = [&](int rank) {
     EngineHooks made;
+    if (rank > 0) return made;
     made.trace = [&](const char* what, int index) {
-      if (what == std::string("backward")) seen.push_back("b" + std::to_string(index));
+      if (what == std::string("backward")) seen += " b" + std::to_string(index);
+      if (what == std::string("reduce")) seen += " s" + std::to_string(index);
     };
-    made.after_reduce = [&](int bucket, const Tensor&) {
-      seen.push_back("u" + std::to_string(bucket));
-    };
+    made.after_reduce = [&](int bucket, const Tensor&) { seen += " u" + std::to_string(bucket); };
     return made;
   };
-  TinyRun run = make_run({"model.tie_word_embeddings=false"}, 1, 1);
+  TinyRun run = make_run({"model.tie_word_embeddings=false"}, ranks, 1);
   (void)train(in_backward(run), hooks);
-  EXPECT_EQ(seen, (std::vector<std::string>{"b3", "u0", "b2", "u1", "b1", "u2", "b0", "u3"}));
+  return seen;
+}
+
+// Alone before the backward of the block below it begins; else its sum travels meanwhile.
+TEST(InBackwardOrder, BlocksAreUpdatedOnTheWay) {
+  EXPECT_EQ(order_of(1), " b3 s0 u0 b2 s1 u1 b1 s2 u2 b0 s3 u3");
+  EXPECT_EQ(order_of(2), " b3 s0 b2 s1 u0 b1 s2 u1 b0 s3 u2 u3");
 }
 
 TEST(InBackwardNonFinite, EndsTheRunAtOnce) {

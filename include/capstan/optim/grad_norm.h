@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "capstan/parallel/shard.h"
 
@@ -15,6 +16,14 @@ struct SquareSums {
   bool is_finite = true;  // all elements that this rank holds, counted or not
 };
 [[nodiscard]] SquareSums sum_of_squares(std::span<const parallel::Shard> shards);
+// The same in two halves, where gradients are there one after the other: partial sums of one shard
+// on the CPU, and the sum over shards in order, which has the bits of sum_of_squares.
+struct SquareParts {
+  std::vector<double> sums;
+  std::vector<bool> counted;
+};
+[[nodiscard]] SquareParts parts_of_squares(const parallel::Shard& shard);
+[[nodiscard]] SquareSums add_up(std::span<const SquareParts> shards);
 // Of one contiguous tensor: fp64, fp32 or bf16, on the CPU.
 [[nodiscard]] double sum_of_squares(const at::Tensor& values);
 

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// An optimizer for every shard by itself, for updates in the backward. States are those of one
-// optimizer over all shards, in its order.
+// An optimizer for every shard by itself, for updates of one shard at a time. States are those of
+// one optimizer over all shards, in its order.
 #pragma once
 #include <memory>
 #include <vector>
@@ -19,9 +19,12 @@ class PerShardOptimizer final : public Optimizer {
   void step(const UpdateStep& step) override;
   void step_on_device(const StepNumbers& numbers, uint64_t seed) override;
   [[nodiscard]] bool reads_device_numbers() const override;
+  [[nodiscard]] bool wants_curvature(int64_t finished_steps) const override;
+  void observe_curvature(double tokens) override;
   [[nodiscard]] std::vector<OptimizerState> states() override;
 
  private:
+  std::unique_ptr<Optimizer> of_none_;  // answers for a rank without shards as for any other
   std::vector<std::unique_ptr<Optimizer>> parts_;
 };
 

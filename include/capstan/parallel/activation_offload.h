@@ -19,7 +19,6 @@ namespace capstan::parallel {
 
 using at::Tensor;
 
-class HostArena;
 class HostCopy;
 
 // What one block left on the host: goes and comes back together.
@@ -55,8 +54,7 @@ class OffloadedBlock {
 class HostCopy {
  public:
   // block: null on the CPU.
-  HostCopy(const Tensor& tensor, const std::shared_ptr<HostArena>& arena,
-           std::shared_ptr<OffloadedBlock> block);
+  HostCopy(const Tensor& tensor, std::shared_ptr<OffloadedBlock> block);
   // On the device it came from; shared by all who ask. Fetches its block if nobody has.
   [[nodiscard]] Tensor get();
 
@@ -78,8 +76,7 @@ class ActivationOffload final : public ops::Keeper {
   static constexpr int64_t kSmallestBytes = 1024;
 
   // link: null on the CPU; must outlive this and every copy.
-  explicit ActivationOffload(const HostLink* link = nullptr);
-  ~ActivationOffload() override;
+  explicit ActivationOffload(const HostLink* link = nullptr) : link_(link) {}
 
   std::unique_ptr<ops::Kept> keep(const Tensor& tensor) override;
   // For what the engine keeps itself.
@@ -90,8 +87,6 @@ class ActivationOffload final : public ops::Keeper {
   // Starts what brings a block back. Device memory of others that are on their way out is let go
   // first. Null does nothing.
   void fetch(OffloadedBlock* block);
-
-  [[nodiscard]] int64_t pinned_bytes() const;  // so far; none is given back
 
  private:
   struct Known {
@@ -105,7 +100,6 @@ class ActivationOffload final : public ops::Keeper {
   void retire_all_but(const OffloadedBlock* block);
 
   const HostLink* link_;
-  std::shared_ptr<HostArena> arena_;
   std::vector<Known> known_;
   std::shared_ptr<OffloadedBlock> open_;
   std::vector<std::shared_ptr<OffloadedBlock>> leaving_;

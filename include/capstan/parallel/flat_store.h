@@ -9,18 +9,22 @@
 //   2          n                          n / s + transient n            n / s
 //   3          n / s, n while open        n / s + transient n            n / s
 //
-// Values and master are one storage when their dtypes agree (and nothing is offloaded).
+// Values and master are one storage when their dtypes agree (and nothing is offloaded). What is
+// offloaded lies in pinned memory beside a device; gradients go there and values come back on
+// streams of their own (HostLink), so that neither the host nor the computing stream waits.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "capstan/comm/communicator.h"
+#include "capstan/parallel/host_link.h"
 #include "capstan/parallel/shard.h"
 #include "capstan/param/param.h"
 #include "capstan/plan/layout.h"
@@ -48,6 +52,7 @@ struct StoreOptions {
   bool reshard_after_forward = true;  // stage 3: false keeps values from first use to end of step
   bool offload_optimizer = false;     // master, moments and the gradient they read: host memory
   bool offload_parameters = false;    // the shard of the values as well (stage 3)
+  const HostLink* link = nullptr;     // where the device is not the CPU and something is offloaded
   bool counts_in_norm = true;         // of the ranks that hold this part, this one counts it
   comm::Communicator shard;           // the shard axes; one rank at stage 0
   WeightQueue* queue = nullptr;       // null: nothing is ever deferred
@@ -92,12 +97,18 @@ class FlatStore final : public param::ParamStore {
   void add_to_shard(const Tensor& summed);
   void end_step();
   [[nodiscard]] bool is_finished() const { return finished_; }
+  // The gradient of the step is summed: starts its way to an optimizer on the host. Once per step,
+  // before end_step; does nothing where nothing is offloaded.
+  void send_gradient();
+  // The host waits for it, and for what it last wrote to have left. Then the optimizer may run.
+  void await_gradient();
 
   [[nodiscard]] Shard shard() const;
   // The same with ranges cut so that the index of each element in the model is known.
   [[nodiscard]] Shard numbered_shard() const;
   [[nodiscard]] Tensor gradient_shard() const;  // summed so far
   // After the master shard changed by the optimizer, which wrote the copy too: everybody sees it.
+  // Offloaded values are sent to the device; the next open() is ordered behind.
   // Collective over: the shard axes (stages 1 and 2).
   void publish();
   // After the master was written from outside (load): rounds the copy again and publishes.
@@ -123,6 +134,11 @@ class FlatStore final : public param::ParamStore {
     return layout_.wide ? options_.types.master : options_.types.compute;
   }
   void allocate();
+  [[nodiscard]] Tensor on_host(at::ScalarType type) const;  // [shard_numel], zero
+  [[nodiscard]] Tensor host_values() const;
+  void send_values();
+  void receive(const Tensor& from, const Tensor& to);
+  void gather(const Tensor& shard);
   void make_views();
   void drop_full();
   void wait_for_gather();
@@ -149,6 +165,10 @@ class FlatStore final : public param::ParamStore {
   Tensor gradient_;        // [numel]; at stages 2 and 3 only between first write and reduction
   Tensor gradient_shard_;  // [shard_numel], stages 2 and 3; else a view of gradient_
   Tensor host_gradient_;   // [shard_numel], what an offloaded optimizer reads
+  Tensor staged_;          // [shard_numel], value dtype: on its way from there to copy_
+  std::unique_ptr<StreamMark> gradient_there_, values_here_;  // copies to and from the host
+  Tensor arriving_;  // [shard_numel], on its way from copy_, where that is on the host
+  bool is_sending_ = false, is_arriving_ = false, is_read_ = false;
   Tensor anchor_;
   std::vector<Tensor> values_;    // views of full_, one per parameter
   std::vector<bool> is_written_;  // gradient of the parameter holds numbers of this pass

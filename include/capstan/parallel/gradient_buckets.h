@@ -8,7 +8,8 @@
 //      shards (a bucket is then one buffer);
 //   3. at the end of the step: all-reduce of shards over the replicas that are left, and the sum
 //      over the two stages that hold a tied embedding. Where the optimizer runs in the backward
-//      (update_when_summed) they follow 2 at once, before the next bucket is issued.
+//      (update_when_summed) they follow 2 when the next bucket has been issued, whose sum then
+//      travels; on a rank alone at once.
 // Sums 2 and 3 travel in the reduction's dtype and are kept in the gradients'; sums 1, which are
 // few, travel as they are. What has no other rank to go to is not rounded.
 // Sums are issued in the plan's order (plan::list_passes), the same on every rank.
@@ -60,8 +61,9 @@ class GradientBuckets {
   GradientBuckets(std::vector<Bucket> buckets, std::vector<FlatStore*> stores, BucketHooks hooks,
                   std::optional<at::ScalarType> reduction = std::nullopt);
 
-  // `update` is called for each store as soon as its gradient of the step is summed, within
-  // complete(); then its memory may be written to again. Without tied stages.
+  // `update` is called for each store when its gradient of the step is summed, within complete() of
+  // the bucket after it (on a rank alone of its own) or finish_step(). Until then its memory may
+  // not be written to: plan::place_gradients. Without tied stages.
   void update_when_summed(std::function<void(int store)> update) { update_ = std::move(update); }
 
   void begin_step();
@@ -77,6 +79,7 @@ class GradientBuckets {
   struct Pending {
     comm::Work work;
     int bucket = 0;
+    bool is_last = true;   // of the bucket in this step
     Tensor taken, target;  // ZeRO: whole gradient, its part of the sum
     Tensor travelling;     // stage 0: the bucket in the reduction's dtype; else undefined
   };
@@ -84,10 +87,11 @@ class GradientBuckets {
   [[nodiscard]] Tensor on_its_way(const Tensor& gradients, const comm::Communicator& group) const;
   void sum_partial(const Bucket& bucket, const std::vector<Tensor>& gradients);
   void issue_bucket(int index);
-  void update_bucket(int index);
+  void update_buckets(size_t most_waiting);
   [[nodiscard]] Tensor summed(const Bucket& bucket) const;  // the shard with ZeRO
   void issue_shard(int index, bool is_last);
   void retire();
+  void arrive(int index);
   void sum_replicas();
   void sum_shards(const comm::Communicator& group, const std::vector<int>& stores);
   void retire_sums(size_t most);
@@ -97,7 +101,11 @@ class GradientBuckets {
   std::vector<int> bucket_of_;  // by store; -1: frozen
   BucketHooks hooks_;
   std::function<void(int store)> update_;  // empty: optimizers run behind the backward
+  std::deque<int> waiting_;                // buckets to be updated, in order of issue
+  bool is_alone_ = true;                   // no sum goes to another rank
   std::vector<bool> is_complete_;          // by store, stage 0
+  std::vector<bool> has_arrived_;          // by bucket: the sum of the step
+  bool offloads_ = false;                  // sums go to the host one by one
   size_t next_ = 0;                        // stage 0: first bucket not issued yet
   int finished_ = 0;                       // buckets whose last sum has been issued
   std::deque<Pending> pending_;            // in order of issue

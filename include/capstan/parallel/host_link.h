@@ -5,11 +5,15 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+
 #include "capstan/device/accelerator.h"
 
 namespace capstan::parallel {
 
 using at::Tensor;
+
+class HostArena;
 
 // A place in the work of a stream. Lets go of its event even where others still wait for it.
 class StreamMark {
@@ -34,6 +38,15 @@ class StreamMark {
 class HostLink {
  public:
   explicit HostLink(device::Accelerator& accelerator);
+  // The current stream goes on behind all copies: memory of both sides is free for others.
+  ~HostLink();
+  HostLink(const HostLink&) = delete;
+  HostLink& operator=(const HostLink&) = delete;
+
+  // Pinned memory: what all copies of this link share.
+  [[nodiscard]] const std::shared_ptr<HostArena>& arena() const { return arena_; }
+  // [numel], of the arena, for as long as that lives.
+  [[nodiscard]] Tensor pinned(int64_t numel, at::ScalarType dtype) const;
 
   [[nodiscard]] device::Accelerator& accelerator() const { return accelerator_; }
   [[nodiscard]] device::Stream to_host() const { return to_host_; }
@@ -46,6 +59,7 @@ class HostLink {
 
  private:
   device::Accelerator& accelerator_;
+  std::shared_ptr<HostArena> arena_;
   device::Stream to_host_, to_device_;
 };
 

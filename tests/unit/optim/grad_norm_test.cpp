@@ -30,6 +30,22 @@ TEST(GradNorm, CountsCountedRangesOnly) {
   EXPECT_TRUE(sums.is_finite);
 }
 
+// Gradients come from the last shard to the first.
+TEST(GradNorm, PartsHaveTheBitsOfTheWhole) {
+  std::vector<Shard> shards{Shard{}};
+  for (int i = 0; i < 5; ++i) {
+    const at::Tensor g = at::arange(40000, at::kDouble).mul(0.7 + i).sin();
+    shards.push_back(shard_of(g, {{0, 20000, true, true}, {20100, 40000, true, i != 2}}));
+  }
+  std::vector<SquareParts> parts(shards.size());
+  for (size_t i = shards.size(); i-- > 0;) parts[i] = parts_of_squares(shards[i]);
+  EXPECT_EQ(add_up(parts).counted, sum_of_squares(shards).counted);
+  EXPECT_TRUE(add_up(parts).is_finite);
+  shards[3].gradient[20200] = std::numeric_limits<double>::quiet_NaN();
+  parts[3] = parts_of_squares(shards[3]);  // not counted, but seen
+  EXPECT_FALSE(add_up(parts).is_finite);
+}
+
 TEST(GradNorm, NonFiniteElementsOfUncountedRanges_AreSeen) {
   at::Tensor g = at::zeros({256}, at::kFloat);
   g[21] = std::numeric_limits<float>::infinity();

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "capstan/plan/gradient_places.h"
 #include "recipes.h"
 
 namespace capstan::plan {
@@ -74,6 +75,49 @@ TEST(OptimizerInBackward, BlocksShareGradientMemory) {
     const int64_t table = layout.buffers.front().numel;
     EXPECT_EQ(shared.numel, tied ? layers_end + table : std::max(layers_end, table));
   }
+}
+
+// What a block wrote is on its way to other ranks while the next block writes.
+TEST(OptimizerInBackward, NeighboursHavePlacesApartWhereSumsTravel) {
+  for (const int stage : {0, 1, 3})
+    for (const bool tied : {true, false}) {
+      const Plan plan = plan_of(
+          resolved({"optimizer.in_backward=true", "optimizer.max_grad_norm=none",
+                    "batch.micro_samples=4", "optimizer.moments=int8", "model.frozen=['*.2.*']",
+                    std::string("model.tie_word_embeddings=") + (tied ? "true" : "false"),
+                    "parallel.zero.stage=" + std::to_string(stage)}),
+          machine(2));
+      const RankLayout layout = plan.model().layout.rank(0);
+      ASSERT_TRUE(sums_over_ranks(plan.grid, layout));
+      const SharedGradients places = place_gradients(plan.grid, layout, tied, stage),
+                            shared = share_gradients(layout, tied, stage);
+      EXPECT_GT(places.numel, shared.numel);
+      EXPECT_LE(places.numel, 2 * shared.numel);
+      const auto kept = [&](const FlatBuffer& b) { return stage >= 2 ? b.shard_numel() : b.numel; };
+      for (size_t a = 0; a < layout.buffers.size(); ++a)
+        for (size_t b = 0; b < a; ++b) {
+          const FlatBuffer &one = layout.buffers[a], &other = layout.buffers[b];
+          if (!one.trainable || !other.trainable) continue;
+          EXPECT_LE(places.begin[a] + kept(one), places.numel);
+          const bool meets = places.begin[b] < places.begin[a] + kept(one) &&
+                             places.begin[a] < places.begin[b] + kept(other);
+          // Block 3, whose number in the list of parameters is 2, is frozen.
+          const int distance = one.block - other.block - (one.block > 3 && other.block < 3 ? 1 : 0);
+          if (distance <= 1 || (tied && other.block == 0)) {
+            EXPECT_FALSE(meets) << one.block << " and " << other.block;
+          }
+        }
+    }
+}
+
+TEST(OptimizerInBackward, OneRank_HasOnePlace) {
+  const Plan plan = plan_of(resolved({"optimizer.in_backward=true", "optimizer.max_grad_norm=none",
+                                      "batch.micro_samples=8"}),
+                            machine(1));
+  const RankLayout layout = plan.model().layout.rank(0);
+  EXPECT_FALSE(sums_over_ranks(plan.grid, layout));
+  EXPECT_EQ(place_gradients(plan.grid, layout, true, 0).numel,
+            share_gradients(layout, true, 0).numel);
 }
 
 }  // namespace
