@@ -11,6 +11,7 @@
 #include "capstan/base/check.h"
 #include "capstan/base/env.h"
 #include "capstan/base/log.h"
+#include "capstan/comm/gather_text.h"
 
 namespace capstan::checkpoint {
 namespace {
@@ -79,21 +80,7 @@ int CommunicatorGroup::rank() const { return communicator_.rank(); }
 int CommunicatorGroup::size() const { return communicator_.size(); }
 
 std::vector<std::string> CommunicatorGroup::gather(const std::string& mine) {
-  const int64_t n = size();
-  if (n == 1) return {mine};
-  at::Tensor lengths = at::empty({n}, at::kLong);
-  communicator_.all_gather(lengths, at::full({1}, static_cast<int64_t>(mine.size()), at::kLong))
-      .wait();
-  const int64_t longest = std::max<int64_t>(1, lengths.max().item<int64_t>());
-  at::Tensor padded = at::zeros({longest}, at::kByte);
-  std::memcpy(padded.data_ptr(), mine.data(), mine.size());
-  at::Tensor all = at::empty({n, longest}, at::kByte);
-  communicator_.all_gather(all.view({-1}), padded).wait();
-  std::vector<std::string> texts;
-  for (int64_t r = 0; r < n; ++r)
-    texts.emplace_back(static_cast<const char*>(all.data_ptr()) + r * longest,
-                       static_cast<size_t>(lengths[r].item<int64_t>()));
-  return texts;
+  return comm::gather_text(communicator_, mine);
 }
 
 struct Saver::Impl {

@@ -24,6 +24,7 @@
 #include "engine/device_decision_internal.h"
 #include "engine/executor_internal.h"
 #include "engine/experts_note_internal.h"
+#include "engine/gemm_choices_internal.h"
 #include "engine/host_updates_internal.h"
 #include "engine/micro_batch_internal.h"
 #include "engine/state_internal.h"
@@ -85,7 +86,9 @@ struct Engine::Impl {
     }
     if (!options.trains) return;
     make_optimizer();
-    if (!device.is_cpu()) choose_who_decides();
+    if (device.is_cpu()) return;
+    gemm = GemmChoices::make(plan.resolved.run, world, options.gemm_file);
+    choose_who_decides();
   }
 
   void make_optimizer() {
@@ -328,6 +331,7 @@ struct Engine::Impl {
   std::optional<HostUpdates> host_updates;     // parallel.zero.offload
   std::optional<DeviceDecision> on_device;     // where the host does not wait for it
   std::optional<StepGraph> graph;              // run.graphs
+  std::unique_ptr<GemmChoices> gemm;           // run.gemm, where it is not LibTorch
   std::deque<StepReport> reports;              // of finished steps, not handed out yet
   EvalReport eval;
 };
@@ -345,6 +349,7 @@ StepReport Engine::step(const std::vector<MicroBatch>& rows, const Objective& ob
 void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& objective) {
   Impl& e = *impl_;
   check_batches(rows, e.plan.batch);
+  if (e.gemm) e.gemm->before_step();
   if (!e.device.is_cpu()) check_ids(rows, e.plan.model().shape.vocab_size);
   const auto batches = e.parts_of(rows);
   // What weights are divided by must be known before any forward.

@@ -48,6 +48,7 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
                                       "optimizer.in_backward=false",
                                       "run.device=" + device,
                                       "run.graphs=false",
+                                      "run.gemm=auto",
                                       "run.threads=auto"};
   changes.insert(changes.end(), overrides.begin(), overrides.end());
   return recipe::parse_recipe(checkpoint::read_step_file(step.path, "recipe.yaml"),

@@ -127,11 +127,18 @@ GemmChoice Gemm::measure(const LtProblem& problem) const {
   return fastest(*api_, problem, has_rival);
 }
 
+// Made with the rivals that the library has here.
+bool Gemm::answers(const GemmChoice& choice) const {
+  if (choice.algorithm && !api_->is_valid(choice.problem, *choice.algorithm)) return false;
+  if (library_ == GemmLibrary::kCublaslt) return choice.algorithm || choice.us == 0;
+  return choice.us == 0 || choice.libtorch_us > 0 || !has_libtorch_form(choice.problem);
+}
+
 int64_t Gemm::adopt(const std::vector<GemmChoice>& choices) {
   const std::scoped_lock lock(mutex_);
   int64_t kept = 0;
   for (const GemmChoice& choice : choices) {
-    if (choice.algorithm && !api_->is_valid(choice.problem, *choice.algorithm)) continue;
+    if (!answers(choice)) continue;
     choices_[choice.problem] = choice;
     unmeasured_.erase(choice.problem);
     ++kept;

@@ -17,6 +17,10 @@ constexpr int64_t kContext = 512 * kMiB;
 // backward are different threads, each with a handle; recorded steps run on a stream apart.
 constexpr int64_t kCublas = 32 * kMiB, kThreads = 2;
 
+// What an algorithm of cuBLASLt may ask for (ops/gemm_internal.h): one product at a time, from
+// LibTorch's allocator.
+constexpr int64_t kCublasLt = 32 * kMiB;
+
 // A connection of NCCL has a buffer for each of its protocols (LL, LL128, Simple at NCCL_BUFFSIZE).
 // Assumed: 16 channels of one connection each for every communicator.
 constexpr int64_t kConnection = 512 * kKiB + 4800 * kKiB + 4 * kMiB, kChannels = 16;
@@ -43,7 +47,9 @@ int64_t communicators(const Plan& plan, int rank) {
 int64_t device_bytes(const Plan& plan, const MemoryReport& tensors) {
   if (plan.resolved.run.device != "cuda") return 0;
   const bool graphs = plan.resolved.run.graphs;
-  int64_t bytes = kContext + kCublas * kThreads * (graphs ? 2 : 1);
+  const int64_t workspaces =
+      kCublas * kThreads + (plan.resolved.run.gemm == "libtorch" ? 0 : kCublasLt);
+  int64_t bytes = kContext + workspaces * (graphs ? 2 : 1);
   bytes += communicators(plan, tensors.rank) * kChannels * kConnection;
   // Recorded steps keep their memory, so an evaluation takes other.
   if (graphs) bytes += tensors.workspace;

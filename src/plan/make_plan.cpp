@@ -169,6 +169,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   if (batch) resolve_lr_schedule(draft, *batch);
   if (batch && draft.problems.empty()) check_schedule_fits(draft, *batch);
   check_graphs(draft);
+  check_gemm(draft);
   check_in_backward(draft, batch);
   throw_if_refused(draft);
 

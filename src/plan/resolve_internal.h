@@ -59,6 +59,8 @@ void check_wide(Draft& draft, const ModelShape& shape);
 void check_row_blocks(Draft& draft, const ModelShape& shape);
 void check_fp8(Draft& draft, const ModelShape& shape);
 void check_graphs(Draft& draft);
+// After the precision.
+void check_gemm(Draft& draft);
 void check_in_backward(Draft& draft, const std::optional<BatchPlan>& batch);
 [[nodiscard]] PrecisionPlan resolve_precision(Draft& draft);
 [[nodiscard]] std::optional<BatchPlan> resolve_batch(Draft& draft, const Grid& grid);

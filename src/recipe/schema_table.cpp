@@ -50,6 +50,12 @@ void add_run_keys(std::vector<Key>& t) {
                   "cuda: steps are recorded and launched as graphs; nothing offloaded, experts "
                   "in bf16.")
                   .free());
+  t.push_back(KEY(run.gemm,
+                  "cuda: who multiplies in linear layers. libtorch = LibTorch's calls; cublaslt = "
+                  "cuBLASLt with the algorithm that was measured to be the fastest; auto = "
+                  "whichever was measured to be faster.")
+                  .choice()
+                  .free());
   t.push_back(KEY(run.start_timeout_s, "Deadline of waits before the first finished step.")
                   .above(0)
                   .unit("s")

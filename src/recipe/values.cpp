@@ -12,6 +12,7 @@ namespace {
 std::vector<ChoiceKey>& table_of_choices() {
   static std::vector<ChoiceKey> table = {
       {"run.device", {"auto", "cpu", "cuda"}, {}},
+      {"run.gemm", {"auto", "libtorch", "cublaslt"}, {}},
       {"model.family", {"llama", "mixtral", "moe", "gpt2"}, {}},
       {"model.experts.router", {"softmax", "sigmoid"}, {}},
       {"model.experts.auxiliary_scope", {"sequence", "global"}, {}},

@@ -183,7 +183,7 @@ TrainResult train_in(const TrainOptions& options, const comm::Communicator& worl
 
   device::set_threads(plan.threads_per_rank);
   mesh::Mesh mesh(world, plan.grid);
-  engine::Engine engine(plan, mesh);
+  engine::Engine engine(plan, mesh, {.gemm_file = (path / "products.txt").string()});
   if (point) {
     const checkpoint::HostState state(engine.state_entries());
     std::vector<checkpoint::StateBlob> blobs = state.blobs();

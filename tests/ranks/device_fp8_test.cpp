@@ -11,9 +11,11 @@
 #include "capstan/device/accelerator.h"
 #include "capstan/ops/device_kernels.h"
 #include "capstan/ops/fp8.h"
+#include "capstan/ops/gemm.h"
 #include "ranks/engine_fixture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
+#include "support/fake_device/fake_lt.h"
 #include "support/run_ranks.h"
 
 namespace capstan::engine {
@@ -69,6 +71,28 @@ TEST(Device, Fp8_StaysCloseToTheCpu) {
         EXPECT_NEAR(got.reports[i].grad_norm / expected.reports[i].grad_norm, 1, 0.1) << scaling;
       }
     }
+}
+
+// With cuBLASLt weight gradients reach the fp32 buffer without a rounding to bf16, as in the
+// emulation: what stays apart is other ops' rounding.
+TEST(Device, Fp8_ByCublaslt_SumsWeightGradientsInFp32) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const char* scaling : kScalings)
+    for (const char* gemm : {"auto", "cublaslt"}) {
+      const auto api = std::make_shared<test::FakeLt>();
+      ops::install_lt_api(api);
+      TinyRun run = fp8_run(scaling);
+      run.gemm = gemm;
+      const TinyResult got = train(run, on_own_thread());
+      EXPECT_GT(api->products(), 0);
+      const TinyResult& expected = OnTheCpu::fp8().at(scaling);
+      for (size_t i = 0; i < got.reports.size(); ++i) {
+        EXPECT_NEAR(got.reports[i].loss / expected.reports[i].loss, 1, 1e-2) << scaling;
+        EXPECT_NEAR(got.reports[i].grad_norm / expected.reports[i].grad_norm, 1, 0.1) << scaling;
+      }
+    }
+  ops::install_lt_api(nullptr);
+  ops::install_device_kernels(nullptr);
 }
 
 // The emulation on the CPU and the kernels give the same bits; so does the transposed cast.

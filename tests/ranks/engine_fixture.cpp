@@ -90,6 +90,7 @@ plan::Plan make_tiny_plan(const TinyRun& run) {
   plan::Plan plan = plan::make_plan(recipe, topology, {.tokenizer_vocab_size = 61});
   if (run.bucket_bytes > 0) plan.bucket_bytes = run.bucket_bytes;
   plan.resolved.run.graphs = run.graphs;
+  plan.resolved.run.gemm = run.gemm;
   if (!run.frozen_blocks.empty()) {
     auto& model = plan.models.at("policy");
     model.layout = plan::Layout(model.shape, plan::freeze_blocks(model.table(), run.frozen_blocks),
@@ -132,7 +133,9 @@ void with_engines(const TinyRun& run, const std::function<void(int, Engine&)>& f
   test::run_ranks(run.ranks, [&](comm::Communicator world) {
     const int rank = world.rank();
     mesh::Mesh mesh(world, plan.grid);
-    Engine engine(plan, mesh, {.hooks = hooks.hooks ? hooks.hooks(rank) : EngineHooks{}});
+    Engine engine(
+        plan, mesh,
+        {.hooks = hooks.hooks ? hooks.hooks(rank) : EngineHooks{}, .gemm_file = run.gemm_file});
     fn(rank, engine);
   });
 }

@@ -17,7 +17,10 @@ struct TinyRun {
   std::vector<std::string> overrides;  // of the tiny recipe: fp64, 8 samples of 12 tokens a step
   int64_t bucket_bytes = 1;            // one bucket per buffer
   std::vector<int> frozen_blocks = {};
-  bool graphs = false;  // run.graphs, on the fake device, of which the plan does not know
+  // On the fake device, of which the plan does not know: run.graphs, run.gemm and the engine's
+  // file.
+  bool graphs = false;
+  std::string gemm = "auto", gemm_file = {};
 };
 [[nodiscard]] plan::Plan make_tiny_plan(const TinyRun& run);
 

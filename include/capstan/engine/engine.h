@@ -94,6 +94,9 @@ struct EngineOptions {
   EngineHooks hooks = {};
   bool trains = true;       // false: weights only, without gradients and optimizer
   bool initializes = true;  // false: weights are zero until a load and restore()
+  // Where rank 0 keeps what was measured for run.gemm, and reads it before the first step; empty:
+  // nowhere.
+  std::string gemm_file = {};
 };
 
 class Engine {

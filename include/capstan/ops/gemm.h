@@ -85,7 +85,8 @@ class Gemm {
   // Times every candidate and, where it has a form and the library may be it, LibTorch on scratch
   // memory of the problem's size; the host waits.
   [[nodiscard]] GemmChoice measure(const LtProblem& problem) const;
-  // From here on; algorithms that are not valid here are left out. Returns how many were kept.
+  // From here on. Algorithms that are not valid here and choices that were made for another library
+  // are left out. Returns how many were kept.
   int64_t adopt(const std::vector<GemmChoice>& choices);
   // Problems that come without a choice from here on are named once in the log.
   void close();
@@ -93,6 +94,7 @@ class Gemm {
   [[nodiscard]] std::string identity() const { return api_->identity(); }
 
  private:
+  [[nodiscard]] bool answers(const GemmChoice& choice) const;
   [[nodiscard]] std::optional<LtAlgorithm> algorithm_of(const LtProblem& problem);
   [[nodiscard]] std::optional<LtAlgorithm> first_algorithm(const LtProblem& problem);
 

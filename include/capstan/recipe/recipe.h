@@ -23,7 +23,8 @@ struct Run {
   std::string device = "auto";     // auto | cpu | cuda
   std::optional<int64_t> threads;  // auto
   bool deterministic = false;
-  bool graphs = false;  // cuda: a step is replayed as graphs
+  bool graphs = false;        // cuda: a step is replayed as graphs
+  std::string gemm = "auto";  // auto | libtorch | cublaslt
   double start_timeout_s = 600;
   double step_timeout_s = 120;
 };

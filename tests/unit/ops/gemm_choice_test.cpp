@@ -97,6 +97,17 @@ TEST(GemmChoice, AlgorithmsThatAreNotValidHereAreLeftOut) {
   EXPECT_EQ(api->last_algorithm(), 0);
 }
 
+// run.gemm may change between two processes of a run.
+TEST(GemmChoice, ThoseOfTheOtherLibraryAreMeasuredAnew) {
+  const auto api = std::make_shared<FakeLt>(with_times({5, 3, 4}, 2));
+  Gemm by_auto(api, GemmLibrary::kAuto), by_lt(api, GemmLibrary::kCublaslt);
+  const LtProblem problem = problem_of(some_product());
+  EXPECT_EQ(by_lt.adopt({by_auto.measure(problem)}), 0) << "LibTorch was faster";
+  EXPECT_EQ(by_auto.adopt({by_lt.measure(problem)}), 0) << "LibTorch was not measured";
+  EXPECT_EQ(by_auto.adopt({by_auto.measure(problem)}), 1);
+  EXPECT_EQ(by_lt.adopt({by_lt.measure(problem)}), 1);
+}
+
 TEST(GemmChoice, OfAProcessIsOneWhileSomebodyKeepsIt) {
   const Product p = some_product();
   EXPECT_EQ(Gemm::shared(), nullptr);

@@ -17,7 +17,8 @@ using ::testing::Not;
 using testing::plan_of;
 using testing::resolved;
 
-constexpr int64_t kContext = 512 * kMiB, kCublas = 2 * 32 * kMiB,
+// Of LibTorch's two threads and one of cuBLASLt's algorithms.
+constexpr int64_t kContext = 512 * kMiB, kCublas = 3 * 32 * kMiB,
                   kCommunicator = 16 * (4 * kMiB + 4800 * kKiB + 512 * kKiB);
 
 Topology gpus(int ranks) {
@@ -43,6 +44,10 @@ TEST(DeviceMemory, OneGpu_HasAContextAndWorkspaces) {
   const MemoryReport m = plan_of(resolved(), gpus(1)).memory;
   EXPECT_EQ(m.device, kContext + kCublas);
   EXPECT_EQ(m.needed(), m.peak() + m.device);
+}
+
+TEST(DeviceMemory, LibTorchAlone_HasNoWorkspaceOfCublasLt) {
+  EXPECT_EQ(device_of({"run.gemm=libtorch"}, 1), kContext + kCublas - 32 * kMiB);
 }
 
 // Steps before the recording leave it theirs; evaluation takes its own beside it.
