@@ -190,11 +190,14 @@ count_jobs() {  # min(cores, memory / 2 GiB), at least 1
   echo "${CAPSTAN_JOBS:-$jobs}"
 }
 
-# Tests also compile and link the plug-in for GPUs where nvcc 13.0 and NCCL are; programs do not find it there.
+# Tests also compile and link the plug-in for GPUs where nvcc 13.0, NCCL and cuBLASLt are; programs do not find it there.
 checks_plugin() {
   case "$preset" in release | ci) ;; *) return 1 ;; esac
   command -v nvcc > /dev/null && nvcc --version | grep -q 'release 13\.0' || return 1
-  [ -f "$torch_dir/../nvidia/nccl/include/nccl.h" ] || [ -f "$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")/include/nccl.h" ]
+  local toolkit
+  toolkit=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")/include
+  [ -f "$torch_dir/../nvidia/nccl/include/nccl.h" ] || [ -f "$toolkit/nccl.h" ] || return 1
+  [ -f "$torch_dir/../nvidia/cu13/include/cublasLt.h" ] || [ -f "$toolkit/cublasLt.h" ]
 }
 
 build_tree() {
