@@ -29,12 +29,13 @@ using namespace capstan;
 using Arguments = std::map<std::string, std::string>;
 
 Arguments parse(int argc, char** argv) {
-  Arguments defaults = {
-      {"device", "cuda"},  {"dtype", "bf16"},    {"graphs", "false"},   {"micro", "4"},
-      {"samples", "8"},    {"sequence", "1024"}, {"hidden", "768"},     {"ffn", "2048"},
-      {"layers", "12"},    {"heads", "12"},      {"kv_heads", "12"},    {"vocabulary", "50304"},
-      {"tied", "false"},   {"bias", "false"},    {"steps", "4"},        {"warmup", "3"},
-      {"threads", "auto"}, {"trace", ""},        {"recompute", "none"}, {"moments", "auto"}};
+  Arguments defaults = {{"device", "cuda"},    {"dtype", "bf16"},   {"graphs", "false"},
+                        {"micro", "4"},        {"samples", "8"},    {"sequence", "1024"},
+                        {"hidden", "768"},     {"ffn", "2048"},     {"layers", "12"},
+                        {"heads", "12"},       {"kv_heads", "12"},  {"vocabulary", "50304"},
+                        {"tied", "false"},     {"bias", "false"},   {"steps", "4"},
+                        {"warmup", "3"},       {"threads", "auto"}, {"trace", ""},
+                        {"recompute", "none"}, {"moments", "auto"}, {"gemm", "auto"}};
   for (int i = 1; i < argc; ++i) {
     const std::string text = argv[i];
     const size_t at = text.find('=');
@@ -57,6 +58,7 @@ recipe::Resolved make_recipe(const Arguments& a) {
   std::vector<std::string> overrides;
   for (const auto& [key, name] : {std::pair{"device", "run.device"},
                                   {"graphs", "run.graphs"},
+                                  {"gemm", "run.gemm"},
                                   {"threads", "run.threads"},
                                   {"hidden", "model.hidden_size"},
                                   {"ffn", "model.intermediate_size"},

@@ -37,6 +37,7 @@ def parse(arguments):
     parser.add_argument("--micro-batches", default="4,8,16,32", help="sequences per pass to try")
     parser.add_argument("--tokens", type=int, default=524288, help="per optimizer step, rounded down to whole micro-batches")
     parser.add_argument("--peers", default="eager,compile", help="or none")
+    parser.add_argument("--gemm", choices=("auto", "libtorch", "cublaslt"), default="auto", help="of ours, as run.gemm")
     parser.add_argument("--states", choices=("fp32", "low"), default="fp32", help="of the peers: fp32 master and moments, or none and bf16")
     parser.add_argument("--moments", choices=("auto", "bf16", "int8"), default="auto", help="of ours, as optimizer.moments")
     parser.add_argument("--recompute", choices=("none", "block"), default="none", help="of all sides: layers run again in the backward")
@@ -78,7 +79,7 @@ class Bench:
         keys = {**self.shape, "device": o.device, "micro": micro, "samples": samples, "steps": o.steps,
                 "recompute": o.recompute, **more}
         if who == "capstan":
-            keys.update(dtype=o.dtype, graphs=o.graphs, moments=o.moments)
+            keys.update(dtype=o.dtype, graphs=o.graphs, gemm=o.gemm, moments=o.moments)
         else:
             keys.update(dtype="bf16" if o.dtype == "fp8" else o.dtype, compile=who == "compile", states=o.states)
         return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]

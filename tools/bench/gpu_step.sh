@@ -5,7 +5,7 @@
 # One optimizer step of the same model in Capstan, PyTorch eager and torch.compile, in turn on one GPU: tokens/s, MFU, memory.
 #
 #   tools/bench/gpu_step.sh [--model NAME] [--dtype bf16|fp8] [--graphs] [--micro-batches 4,8,16,32] [--tokens 524288]
-#     [--peers eager,compile|none] [--states fp32|low] [--moments auto|bf16|int8]
+#     [--peers eager,compile|none] [--states fp32|low] [--moments auto|bf16|int8] [--gemm auto|libtorch|cublaslt]
 #     [--recompute none|block] [--rounds N] [--steps N] [--device cuda|cpu] [--trace] [--out DIR] [--no-build]
 #
 # --help lists the models and says what is measured. --no-build uses the program as it is in CAPSTAN_BUILD_DIR (default
