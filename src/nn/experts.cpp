@@ -168,6 +168,28 @@ Tensor expert_mlp(const ExpertInput& input, const Tensor& rows_RD, const ops::Ro
   return ops::grouped_linear(ops::swiglu(gate_up_RF), input.down, groups);
 }
 
+// Rows of the chosen experts, there and back.
+Tensor run_chosen(const ExpertPass& pass, const Tensor& x_ND, const ops::Routing& routing,
+                  const Tensor& keep_Nk, const Tensor& weights_Nk) {
+  const ExpertInput& input = pass.input;
+  const ExpertCut& cut = pass.cut;
+  const bool is_grouped = in_one_product(input, x_ND);
+  const int64_t room = pass.room(is_grouped, keep_Nk.defined());
+  ops::ExpertOrder order =
+      ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count,
+                           /*on_device=*/is_grouped && (!cut.exchange || room > 0));
+  if (room > 0) order = ops::with_room(order, routing.experts_Nk, room);
+  const Tensor rows_RD = ops::permute_tokens(x_ND, order);
+  if (!cut.exchange)
+    return ops::combine_rows(expert_mlp(input, rows_RD, {order.counts_E, order.ends_E}), weights_Nk,
+                             order);
+  const ExpertCut::Exchange exchange =
+      room > 0 ? cut.exchange_room(input.shape.count, room) : cut.exchange(order.counts_E);
+  const ops::RowGroups groups = groups_of(exchange, is_grouped, room > 0, x_ND.device());
+  const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), groups));
+  return ops::combine_rows(y_RD, weights_Nk, order);
+}
+
 }  // namespace
 
 TokenPlaces places_of(const param::RowMap& rows, int64_t batch, int64_t tokens, int64_t first,
@@ -206,21 +228,7 @@ Tensor run_experts(const Context& context, int layer, const Tensor& x_ND, const 
     if (pass.reports()) pass.report_routing(routing, spec, loss, keep_Nk);
   }
   const Tensor weights_Nk = ops::router_weights(x_ND, input.router, routing, spec, loss);
-  const bool is_grouped = in_one_product(input, x_ND);
-  const int64_t room = pass.room(is_grouped, keep_Nk.defined());
-  ops::ExpertOrder order =
-      ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count,
-                           /*on_device=*/is_grouped && (!cut.exchange || room > 0));
-  if (room > 0) order = ops::with_room(order, routing.experts_Nk, room);
-  const Tensor rows_RD = ops::permute_tokens(x_ND, order);
-  if (!cut.exchange)
-    return ops::combine_rows(expert_mlp(input, rows_RD, {order.counts_E, order.ends_E}), weights_Nk,
-                             order);
-  const ExpertCut::Exchange exchange =
-      room > 0 ? cut.exchange_room(input.shape.count, room) : cut.exchange(order.counts_E);
-  const ops::RowGroups groups = groups_of(exchange, is_grouped, room > 0, x_ND.device());
-  const Tensor y_RD = exchange.back(expert_mlp(input, exchange.out(rows_RD), groups));
-  return ops::combine_rows(y_RD, weights_Nk, order);
+  return run_chosen(pass, x_ND, routing, keep_Nk, weights_Nk);
 }
 
 Tensor Seams::experts(const Context& context, int layer, const Tensor& x_BTD,

@@ -130,11 +130,12 @@ std::vector<ExpertLoad> ExpertBalance::loads_of(const at::Tensor& sums_LX) const
   return loads;
 }
 
-// Of layers to which no token came, as of skipped steps, nothing changes.
+// Of layers to which no token came, as of skipped steps, nothing changes. is_applied may be on the
+// CPU.
 void ExpertBalance::update(const at::Tensor& tokens_LE, const at::Tensor& is_applied) {
   const at::Tensor sum_L1 = tokens_LE.sum(1, true);
   if (fractions_LE_.defined())
-    fractions_LE_.copy_(at::where(is_applied.logical_and(sum_L1.gt(0)), tokens_LE / sum_L1,
+    fractions_LE_.copy_(at::where(sum_L1.gt(0).logical_and(is_applied), tokens_LE / sum_L1,
                                   fractions_LE_.to(at::kDouble)));
   if (!bias_LE_.defined()) return;
   // Exact comparison: counts are whole, and count x E against the sum avoids the rounded mean.

@@ -150,6 +150,17 @@ TEST(DeviceExperts, RunsThatNeverWaitAreThoseOfTheCpu) {
   }
 }
 
+// Where a rule needs the host first, it closes the step of experts too.
+TEST(DeviceExperts, TheHostMayDecide) {
+  const Trained& want = OnTheCpu::runs().at("balanced");
+  const Trained got = train_ahead(
+      {.overrides = balanced({"parallel.zero.stage=1", "parallel.zero.offload=optimizer"})}, 2);
+  testing::expect_same_run(got.run, want.run, 1e-10);
+  for (size_t i = 0; i < kSteps; ++i) expect_same_loads(got.run.reports[i], want.run.reports[i]);
+  for (const auto& [entry, state] : want.routers)
+    EXPECT_LE((got.routers.at(entry) - state).abs().max().item<double>(), 1e-12) << entry;
+}
+
 TEST(DeviceExperts, ChoicesAreDroppedInTheCaseOfACapacity) {
   double dropped = 0;
   for (const auto& report : OnTheCpu::runs().at("capacity").run.reports)

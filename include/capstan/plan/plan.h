@@ -88,7 +88,8 @@ struct MemoryReport {
 // "dp_replicate+dp_shard+cp/all_reduce"; bytes are what the rank hands in (a receive: what it
 // takes), so that comm::Ledger counts the same. Counts, flags and sums of a few scalars travel on
 // the axis "control", which is not predicted. Axes of one rank carry nothing. Rows that go to
-// experts (axis "ep") depend on the router: predicted for an even load.
+// experts (axis "ep") depend on the router: predicted for an even load, or exactly where they
+// travel in exchanges of one size.
 struct TrafficEntry {
   int64_t calls = 0, bytes = 0;
 };
