@@ -1,10 +1,14 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <bit>
 #include <iterator>
 
 #include "capstan/base/bytes.h"
+#include "capstan/base/error.h"
 #include "parallel/host_arena_internal.h"
 
 namespace capstan::parallel {
@@ -30,9 +34,24 @@ HostArena::Place HostArena::take(int64_t bytes) {
   }
   const auto wanted = std::max(needed, std::clamp(reserved(), kSmallestSlab, kLargestSlab));
   const auto size = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted)));
-  slabs_.push_back({accelerator_.empty_pinned({size}, at::kByte), {}});
+  slabs_.push_back({new_slab(size), {}});
   if (size > needed) slabs_.back().free.emplace(needed, size - needed);
   return {slabs_.size() - 1, 0, needed};
+}
+
+Tensor HostArena::new_slab(int64_t bytes) const {
+  try {
+    return accelerator_.empty_pinned({bytes}, at::kByte);
+  } catch (const c10::Error& error) {
+    throw EnvError(ErrorText{
+        .module = "parallel",
+        .what = "taking pinned host memory for what is offloaded",
+        .got = error.what_without_backtrace(),
+        .need = fmt::format("{} more beside {}", format_bytes(bytes), format_bytes(reserved())),
+        .why = "copies run beside the device only from and to pinned memory",
+        .fix = "Start fewer ranks on this host, offload less (parallel.zero.offload, "
+               "parallel.offload_activations), or raise the limit of locked memory"});
+  }
 }
 
 void HostArena::give_back(const Place& place) {

@@ -24,6 +24,7 @@ class HostArena {
   };
   explicit HostArena(device::Accelerator& accelerator) : accelerator_(accelerator) {}
 
+  // Throws EnvError where the host has no more pinned memory.
   [[nodiscard]] Place take(int64_t bytes);
   // Copies into and out of the place may still be queued: whoever takes it next is ordered behind.
   void give_back(const Place& place);
@@ -35,6 +36,7 @@ class HostArena {
     Tensor memory;
     std::map<int64_t, int64_t> free;  // begin -> bytes; no two of them touch
   };
+  [[nodiscard]] Tensor new_slab(int64_t bytes) const;
   [[nodiscard]] int64_t reserved() const;
 
   device::Accelerator& accelerator_;

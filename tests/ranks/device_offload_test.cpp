@@ -3,10 +3,12 @@
 // Offload on the fake device: the bits of the run without it, copies that are ordered by events
 // alone, memory that leaves the device as the plan says.
 #include <ATen/ATen.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 
+#include "capstan/base/error.h"
 #include "capstan/parallel/activation_offload.h"
 #include "parallel/host_arena_internal.h"
 #include "ranks/device_runs.h"
@@ -45,6 +47,18 @@ TEST(HostArena, PlacesAreCutReusedAndJoined) {
   EXPECT_EQ(arena.reserved_bytes(), reserved);
   EXPECT_EQ(arena.take(3 * reserved).slab, 1U);
   EXPECT_EQ(arena.reserved_bytes(), reserved + 4 * reserved);
+}
+
+TEST(HostArena, TooMuchIsRefused) {
+  HostArena arena(test::install_fake_device());
+  try {
+    (void)arena.take(int64_t{1} << 52);
+    FAIL() << "4 PiB of pinned memory";
+  } catch (const EnvError& error) {
+    EXPECT_THAT(error.what(), ::testing::HasSubstr("PiB more beside 0 B"));
+    EXPECT_THAT(error.what(), ::testing::HasSubstr("parallel.offload_activations"));
+  }
+  EXPECT_EQ(arena.take(100).bytes, 512);
 }
 
 class OffloadToTheHost : public ::testing::Test {

@@ -237,6 +237,7 @@ class PinnedAllocator : public c10::Allocator {
     constexpr size_t kAlign = 64;
     const size_t rounded = std::max(kAlign, (bytes + kAlign - 1) / kAlign * kAlign);
     void* const pointer = std::aligned_alloc(kAlign, rounded);
+    TORCH_CHECK(pointer, "out of pinned memory");
     std::memset(pointer, kNaNByte, rounded);
     std::lock_guard lock(state_mutex());
     pinned_ranges()[static_cast<const char*>(pointer)] = rounded;
