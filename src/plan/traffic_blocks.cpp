@@ -101,7 +101,9 @@ class BlockCount {
     const Trained trained(plan_.model().table(), block);
     if (!has_known_layers(block, trained)) return other_layer(runs, block, live);
     const LayerNames& names = layer_names(shape_);
-    const Pair heads = pair_of(trained, live || trained(names.norm), names.query, names.out);
+    Pair heads = pair_of(trained, live || trained(names.norm), names.query, names.out);
+    if (shape_.qk_norm && (trained("q_norm") || trained("k_norm")))
+      heads.between = heads.out = true;
     const int64_t again = heads.between ? runs.attention_again : 0;
     pair(runs, heads, again);
     attention({runs.forwards + again, heads.between ? runs.backwards : 0});
