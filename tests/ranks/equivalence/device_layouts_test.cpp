@@ -5,22 +5,17 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
-#include <map>
 #include <random>
 
 #include "capstan/base/env.h"
-#include "capstan/base/text.h"
 #include "capstan/ops/device_kernels.h"
-#include "ranks/equivalence/equivalence.h"
+#include "ranks/equivalence/references.h"
 #include "support/fake_device/device_ranks.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
 
 namespace capstan::test {
 namespace {
-
-constexpr int kSteps = 3;
-constexpr double kBar = 1e-9;
 
 struct Drawn {
   LayoutCase layout;
@@ -40,17 +35,14 @@ class Layouts : public ::testing::Environment {
     while (static_cast<int64_t>(drawn().size()) < count) {
       auto layout = draw_case(random, {}, 1000, 8);
       if (!layout) continue;
-      const auto [run, is_new] = references_.try_emplace(layout->model_key());
-      if (is_new) run->second = run_reference(*layout, kSteps);
-      // Another choice of experts or sign would be as right.
-      if (run->second.margin < 1e-9 || run->second.direction < 1e-13) continue;
-      drawn().push_back({*layout, &run->second});
+      const ReferenceRun& reference = references_.of(*layout);
+      if (!is_on_edge(reference)) drawn().push_back({*layout, &reference});
     }
     install_fake_device();
   }
 
  private:
-  std::map<std::string, ReferenceRun> references_;
+  References references_;
 };
 const auto* const layouts = ::testing::AddGlobalTestEnvironment(new Layouts);
 
@@ -60,16 +52,13 @@ void compare_all(size_t first, size_t step) {
   int ranks = 0, failed = 0;
   for (size_t i = first; i < Layouts::drawn().size() && failed < 3; i += step) {
     const auto& [layout, reference] = Layouts::drawn()[i];
-    const Comparison result = compare_layout(layout, *reference, kSteps, runner);
+    const Comparison result = compare_layout(layout, *reference, kDeviceSteps, runner);
     worst = std::max(worst, result.error());
     ranks += layout.ranks();
-    if (result.error() <= kBar) continue;
+    const std::string complaint = complaint_of(layout, result);
+    if (complaint.empty()) continue;
     ++failed;
-    ADD_FAILURE() << layout.describe() << "\n  error " << result.error() << " (loss " << result.loss
-                  << ", norm " << result.norm << ", eval " << result.eval << ", state "
-                  << result.state << " in " << result.worst << ") " << result.failure
-                  << "\n  reproduce: " << layout.ranks() << " ranks, --set "
-                  << join(layout.overrides(), " --set ");
+    ADD_FAILURE() << complaint;
   }
   fmt::print("{} ranks on the device, worst error {:.1e}\n", ranks, worst);
 }

@@ -149,7 +149,8 @@ ReferenceRun run_reference(const LayoutCase& layout, int steps) {
     }
     run.eval_loss = evaluate(engine, 0);
     for (const auto& entry : engine.state_entries())
-      run.state[entry.kind + "/" + entry.name] = entry.tensor.clone().view(entry.global_shape);
+      run.state[entry.kind + "/" + entry.name] =
+          entry.tensor.cpu().clone().view(entry.global_shape);
   });
   return run;
 }

@@ -1,0 +1,138 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+// Layouts over real processes against the run of one rank: on CPUs over gloo, and several processes
+// on one GPU over NCCL. The ranks are this program again, running the DISABLED_ test below.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <random>
+
+#include "capstan/base/env.h"
+#include "capstan/base/gpu.h"
+#include "capstan/comm/nccl.h"
+#include "capstan/comm/world.h"
+#include "capstan/device/accelerator.h"
+#include "capstan/device/cuda.h"
+#include "ranks/equivalence/references.h"
+#include "support/run_processes.h"
+
+namespace capstan::test {
+namespace {
+
+constexpr double kTimeout = 120;
+
+// One layout per line that has what it says on as many ranks as there are processes; the rest of it
+// is drawn, the same on every rank.
+std::vector<LayoutCase> layouts_of(int ranks) {
+  const std::vector<Fixed> wanted = {{{"tp", "2"}, {"qwen", "3"}},
+                                     {{"dp_replicate", "2"}},
+                                     {{"zero", "1"}, {"dp_shard", "2"}},
+                                     {{"zero", "2"}, {"dp_shard", "2"}},
+                                     {{"zero", "3"}, {"dp_shard", "2"}},
+                                     {{"tp", "2"}, {"sp", "false"}},
+                                     {{"tp", "2"}, {"sp", "true"}},
+                                     {{"pp", "2"}, {"schedule", "1f1b"}},
+                                     {{"pp", "2"}, {"schedule", "zero_bubble"}},
+                                     {{"cp", "2"}, {"method", "ring"}},
+                                     {{"cp", "2"}, {"method", "all_to_all"}},
+                                     {{"ep", "2"}},
+                                     {{"family", "gpt2"}, {"tp", "2"}}};
+  std::mt19937_64 random(17 + static_cast<uint64_t>(ranks));
+  std::vector<LayoutCase> layouts;
+  const auto most = read_env_int("CAPSTAN_PROCESS_LAYOUTS", 1, 1000).value_or(1000);
+  for (size_t i = 0; i < wanted.size() && static_cast<int64_t>(layouts.size()) < most; ++i)
+    for (;;) {
+      const auto drawn = draw_case(random, wanted[i], 1000, ranks);
+      if (!drawn || drawn->ranks() != ranks) continue;
+      layouts.push_back(*drawn);
+      break;
+    }
+  return layouts;
+}
+
+// Whether it is so on every rank.
+bool all_agree(const comm::Communicator& world, bool here) {
+  const at::Tensor count = at::full({1}, here ? 1 : 0, at::kLong);
+  world.all_reduce(count).wait();
+  return count.item<int64_t>() == world.size();
+}
+
+// Two processes on a GPU are two hosts to NCCL, which refuses one GPU twice on one host.
+void start_gpu(int rank) {
+  setenv("NCCL_HOSTID", fmt::format("capstan-test-rank-{}", rank).c_str(), 1);
+  device::start_cuda(0);
+}
+
+// Runs fn in this process and lets the others know when it fails.
+void run_here(const comm::Communicator& world, const std::function<void(comm::Communicator)>& fn) {
+  try {
+    fn(world);
+    world.barrier().wait();
+  } catch (const std::exception& error) {
+    world.abort(error.what());
+    throw;
+  }
+}
+
+TEST(DISABLED_Rank, ComparesLayouts) {
+  const bool on_gpu = read_env("CAPSTAN_TEST_GPU").has_value();
+  const comm::RankEnv env = comm::read_rank_env();
+  if (on_gpu) start_gpu(env.rank);
+  at::set_num_threads(1);
+  comm::World world(env, kTimeout);
+  if (on_gpu) world.use_nccl(comm::installed_nccl_api(), *device::accelerator());
+  References references;
+  double worst = 0;
+  int compared = 0;
+  for (const LayoutCase& layout : layouts_of(env.size)) {
+    const ReferenceRun& reference = references.of(layout);
+    if (!all_agree(world.communicator(), !is_on_edge(reference))) continue;
+    const Comparison result =
+        compare_layout(layout, reference, kDeviceSteps,
+                       [&](int, const auto& fn) { run_here(world.communicator(), fn); });
+    EXPECT_EQ(complaint_of(layout, result), "") << "rank " << env.rank;
+    if (!result.failure.empty()) return;  // the job is over
+    worst = std::max(worst, result.error());
+    ++compared;
+  }
+  EXPECT_GT(compared, 0);
+  world.close();
+  fmt::print("rank {}: {} layouts on {}, worst error {:.1e}\n", env.rank, compared,
+             on_gpu ? "a GPU" : "CPUs", worst);
+}
+
+void expect_equal_runs(int ranks, const std::map<std::string, std::string>& variables) {
+  ProcessOptions options{.program = "/proc/self/exe", .env = variables, .deadline_s = 400};
+  const ProcessResults results = run_processes(
+      ranks, {"--gtest_also_run_disabled_tests", "--gtest_filter=DISABLED_Rank.ComparesLayouts"},
+      options);
+  EXPECT_TRUE(results.all_succeeded()) << results.text();
+  if (!results.ranks.empty()) std::fputs(results.ranks.front().out.c_str(), stdout);
+}
+
+TEST(ProcessLayouts, TwoOverGloo) { expect_equal_runs(2, {{"CAPSTAN_PROCESS_LAYOUTS", "6"}}); }
+
+class GpuLayouts : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!probe_gpus().problem.empty()) GTEST_SKIP() << probe_gpus().problem;
+    if (!has_cuda_plugin()) GTEST_SKIP() << "this build has no " << cuda_plugin_path();
+  }
+  static void compare(int ranks) {
+    expect_equal_runs(ranks, {{"CAPSTAN_TEST_GPU", "1"},
+                              {"NCCL_NET", "Socket"},
+                              {"NCCL_SOCKET_IFNAME", "lo"},
+                              {"NCCL_IB_DISABLE", "1"},
+                              {"NCCL_MNNVL_ENABLE", "0"},
+                              {"NCCL_MAX_CTAS", "2"}});
+  }
+};
+
+TEST_F(GpuLayouts, TwoProcessesOnOneGpu) { compare(2); }
+TEST_F(GpuLayouts, FourProcessesOnOneGpu) { compare(4); }
+
+}  // namespace
+}  // namespace capstan::test
