@@ -32,6 +32,7 @@ ops::AttentionCase attention_case(const plan::Plan& plan, at::Device device) {
   ops::AttentionCase asked{.path = ops::path(),
                            .on_cpu = device.is_cpu(),
                            .has_flash = ops::has_flash(device),
+                           .has_efficient = ops::has_efficient(device),
                            .dtype = parallel::scalar_type_of(plan.precision.compute),
                            .head_size = shape.head_dim,
                            .queries = plan.batch.sequence_length,
@@ -47,7 +48,9 @@ bool uses_document_starts(const plan::Plan& plan, at::Device device) {
   ops::AttentionCase asked = attention_case(plan, device);
   asked.documents = true;
   asked.has_starts = !has_parts_of_rows(plan);
-  return ops::choose_attention(asked).form == ops::AttentionForm::kFlashDocuments;
+  const ops::AttentionForm form = ops::choose_attention(asked).form;
+  return form == ops::AttentionForm::kFlashDocuments ||
+         form == ops::AttentionForm::kEfficientDocuments;
 }
 
 void log_attention(const plan::Plan& plan, at::Device device) {

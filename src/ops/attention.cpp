@@ -40,6 +40,10 @@ AttentionGrads gradients(Form form, const Call& call, const Tensor& grad,
       return flash_backward(call, grad, parts);
     case Form::kFlashDocuments:
       return flash_documents_backward(call, grad, parts);
+    case Form::kEfficient:
+      return efficient_backward(call, grad, parts);
+    case Form::kEfficientDocuments:
+      return efficient_documents_backward(call, grad, parts);
     default:
       return reference_backward(call, grad, parts);
   }
@@ -51,6 +55,7 @@ AttentionCase case_of(const Tensor& q, const Tensor& k, const AttentionMask& mas
   return {.path = path(),
           .on_cpu = q.is_cpu(),
           .has_flash = has_flash(q.device()),
+          .has_efficient = has_efficient(q.device()),
           .dtype = q.scalar_type(),
           .head_size = q.size(3),
           .queries = q.size(1),
@@ -77,6 +82,10 @@ AttentionParts forward(Form form, const Call& call) {
       return flash_forward(call);
     case Form::kFlashDocuments:
       return flash_documents_forward(call);
+    case Form::kEfficient:
+      return efficient_forward(call);
+    case Form::kEfficientDocuments:
+      return efficient_documents_forward(call);
   }
   CAPSTAN_CHECK(false, "unknown form of attention");
 }

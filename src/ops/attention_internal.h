@@ -36,6 +36,12 @@ void backward(Form form, const Call& call, const Tensor& grad_BTNH, const Attent
 [[nodiscard]] AttentionParts flash_documents_forward(const Call& call);
 [[nodiscard]] AttentionGrads flash_documents_backward(const Call& call, const Tensor& grad_BTNH,
                                                       const AttentionParts& parts);
+[[nodiscard]] AttentionParts efficient_forward(const Call& call);
+[[nodiscard]] AttentionGrads efficient_backward(const Call& call, const Tensor& grad_BTNH,
+                                                const AttentionParts& parts);
+[[nodiscard]] AttentionParts efficient_documents_forward(const Call& call);
+[[nodiscard]] AttentionGrads efficient_documents_backward(const Call& call, const Tensor& grad_BTNH,
+                                                          const AttentionParts& parts);
 [[nodiscard]] AttentionParts kernel_forward(const Call& call);
 void kernel_backward(const Call& call, const Tensor& grad_BTNH, const AttentionParts& parts,
                      const AttentionGrads& into);

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Runs in bf16 whose attention is FlashAttention on the fake device, with documents and without,
-// against the CPU's.
+// Runs whose attention is FlashAttention on the fake device, in fp32 the memory-efficient kernel,
+// with documents and without, against the CPU's.
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -38,22 +38,36 @@ struct Case {
   int ranks;
   std::vector<std::string> overrides;
   bool uses_lengths;
+  bool fp32 = false;
+
+  [[nodiscard]] std::vector<std::string> in_type(std::vector<std::string> list) const {
+    list = narrow(std::move(list));
+    if (fp32) list.front() = "precision.compute=fp32";
+    return list;
+  }
 };
 std::vector<Case> cases() {
   const std::string two = "parallel.context.size=2";
-  return {{"documents", 1, {kSeparate}, true},
-          {"window", 1, {kSeparate, "model.sliding_window=5"}, true},
-          {"recompute", 1, {kSeparate, "parallel.recompute.mode=block"}, true},
-          {"offload", 1, {kSeparate, "parallel.offload_activations=true"}, true},
-          {"all to all", 2, {kSeparate, two, "parallel.context.method=all_to_all"}, true},
-          {"ring", 2, {kSeparate, two}, false}};
+  return {
+      {"documents", 1, {kSeparate}, true},
+      {"window", 1, {kSeparate, "model.sliding_window=5"}, true},
+      {"recompute", 1, {kSeparate, "parallel.recompute.mode=block"}, true},
+      {"offload", 1, {kSeparate, "parallel.offload_activations=true"}, true},
+      {"all to all", 2, {kSeparate, two, "parallel.context.method=all_to_all"}, true},
+      {"ring", 2, {kSeparate, two}, false},
+      {"fp32", 1, {}, true, true},
+      {"fp32, window", 1, {"model.sliding_window=5"}, true, true},
+      {"fp32, documents", 1, {kSeparate}, true, true},
+      {"fp32, documents and window", 1, {kSeparate, "model.sliding_window=5"}, true, true},
+      {"fp32, ring", 2, {two}, false, true},
+      {"fp32, all to all", 2, {kSeparate, two, "parallel.context.method=all_to_all"}, true, true}};
 }
 
 // Its rows lie on different ranks: losses are those of the run of one rank.
 TinyRun on_one_rank(const Case& c) {
-  TinyRun run{.overrides = narrow({kSeparate})};
+  TinyRun run{.overrides = c.in_type({})};
   for (const std::string& set : c.overrides)
-    if (set.starts_with("model.")) run.overrides.push_back(set);
+    if (set.starts_with("model.") || set == kSeparate) run.overrides.push_back(set);
   return run;
 }
 
@@ -97,13 +111,13 @@ TEST(DeviceAttention, RunsAreCloseToThoseOfTheCpu) {
   for (const Case& c : cases()) {
     SCOPED_TRACE(c.name);
     const int64_t before = test::calls_with_lengths();
-    const auto got = train_on_device({.ranks = c.ranks, .overrides = narrow(c.overrides)});
+    const auto got = train_on_device({.ranks = c.ranks, .overrides = c.in_type(c.overrides)});
     EXPECT_EQ(test::calls_with_lengths() > before, c.uses_lengths);
     const auto& want = on_the_cpu().at(c.name).reports;
     ASSERT_EQ(got.size(), want.size());
     for (size_t i = 0; i < got.size(); ++i) {
-      EXPECT_NEAR(got[i].loss / want[i].loss, 1, 5e-3);
-      EXPECT_NEAR(got[i].grad_norm / want[i].grad_norm, 1, 3e-2);
+      EXPECT_NEAR(got[i].loss / want[i].loss, 1, c.fp32 ? 1e-5 : 5e-3);
+      EXPECT_NEAR(got[i].grad_norm / want[i].grad_norm, 1, c.fp32 ? 1e-4 : 3e-2);
     }
   }
 }
@@ -208,6 +222,7 @@ TEST(DeviceAttention, StartsAreFoundWhereTheyAreRead) {
     return uses_document_starts(testing::make_tiny_plan(run), device);
   };
   EXPECT_TRUE(uses({.overrides = narrow()}));
+  EXPECT_TRUE(uses({.overrides = {"precision.compute=fp32", "model.head_dim=16"}}));
   EXPECT_FALSE(uses({.overrides = {kSeparate}}));
   EXPECT_FALSE(uses({.ranks = 2, .overrides = narrow({"parallel.context.size=2"})}));
   EXPECT_FALSE(uses_document_starts(testing::make_tiny_plan({.overrides = narrow()}), at::kCPU));

@@ -15,14 +15,23 @@
 namespace capstan::ops {
 
 // Plain math (every dtype, mask and device, with all scores in memory); LibTorch's and our kernel
-// of CPUs; FlashAttention of GPUs, in rows and in documents.
-enum class AttentionForm { kReference, kLibTorch, kKernel, kFlash, kFlashDocuments };
+// of CPUs; FlashAttention of GPUs, in rows and in documents, and for fp32 the kernel that ATen
+// calls memory-efficient.
+enum class AttentionForm {
+  kReference,
+  kLibTorch,
+  kKernel,
+  kFlash,
+  kFlashDocuments,
+  kEfficient,
+  kEfficientDocuments
+};
 [[nodiscard]] std::string_view name_of(AttentionForm form);
 
 struct AttentionCase {
   Path path = Path::kFused;  // as asked for: kFused or kReference
   bool on_cpu = true;
-  bool has_flash = false;  // of the device
+  bool has_flash = false, has_efficient = false;  // of the device
   at::ScalarType dtype = at::ScalarType::Float;
   int64_t head_size = 0, queries = 0, keys = 0;
   int64_t query_offset = 0;               // as in AttentionMask
@@ -37,8 +46,9 @@ struct AttentionChoice {
 };
 [[nodiscard]] AttentionChoice choose_attention(const AttentionCase& c);
 
-// Whether LibTorch has FlashAttention for this device.
+// Whether LibTorch has FlashAttention, or its memory-efficient kernel, for this device.
 [[nodiscard]] bool has_flash(const c10::Device& device);
+[[nodiscard]] bool has_efficient(const c10::Device& device);
 
 // The keys beside the diagonal that ends at the last key which FlashAttention is to take, negative
 // = all, where such a band is what the mask means and leaves every query a key.
@@ -46,5 +56,14 @@ struct FlashBand {
   int64_t left = -1, right = 0;
 };
 [[nodiscard]] std::optional<FlashBand> flash_band(const AttentionCase& c);
+
+// What the memory-efficient kernel is to take in its place: a diagonal from the first key or to the
+// last, or none, and a window of keys that end there, 0 = all.
+enum class Diagonal { kNone, kFromFirst, kToLast };
+struct EfficientMask {
+  Diagonal diagonal = Diagonal::kNone;
+  int64_t window = 0;
+};
+[[nodiscard]] std::optional<EfficientMask> efficient_mask(const AttentionCase& c);
 
 }  // namespace capstan::ops

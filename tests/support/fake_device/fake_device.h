@@ -51,7 +51,7 @@ void note_access(const void* device_pointer, size_t bytes, bool is_write, const 
 void record_for_graph(std::function<void()> op);
 [[nodiscard]] int64_t graph_launches();
 [[nodiscard]] int64_t graph_launches_of_thread();
-// Forward calls of FlashAttention with lengths, so far.
+// Forward calls of attention with lengths, so far.
 [[nodiscard]] int64_t calls_with_lengths();
 // Products of groups of rows (_grouped_mm), so far.
 [[nodiscard]] int64_t grouped_products();

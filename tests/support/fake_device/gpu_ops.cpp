@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "support/fake_device/efficient_attention.h"
 #include "support/fake_device/fake_device.h"
 
 namespace capstan::test {
@@ -314,14 +315,16 @@ const c10::KernelFunction* gpu_op(const c10::OperatorName& name) {
       {"aten::addmm.dtype_out", kernel(TORCH_FN(addmm_wide))},
       {"aten::_grouped_mm", kernel(TORCH_FN(grouped_mm))},
       {"aten::_flash_attention_forward", kernel(TORCH_FN(flash_forward))},
-      {"aten::_flash_attention_backward", kernel(TORCH_FN(flash_backward))}};
+      {"aten::_flash_attention_backward", kernel(TORCH_FN(flash_backward))},
+      {"aten::_efficient_attention_forward", efficient_attention_forward()},
+      {"aten::_efficient_attention_backward", efficient_attention_backward()}};
   const auto found = kernels->find(toString(name));
   return found == kernels->end() ? nullptr : &found->second;
 }
 
 }  // namespace fake
 
-int64_t calls_with_lengths() { return fake::calls; }
+int64_t calls_with_lengths() { return fake::calls + fake::efficient_calls_with_lengths(); }
 int64_t grouped_products() { return fake::grouped_calls; }
 
 }  // namespace capstan::test

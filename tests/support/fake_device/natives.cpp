@@ -249,7 +249,9 @@ void register_ops() {
   aten.impl("_fused_sdp_choice", &sdp_choice);
   aten.impl("_scaled_mm.out", &scaled_mm_out);
   // A backend without a kernel of its own counts as one without the op.
-  for (const char* name : {"_flash_attention_forward", "_flash_attention_backward", "_grouped_mm"})
+  for (const char* name :
+       {"_flash_attention_forward", "_flash_attention_backward", "_efficient_attention_forward",
+        "_efficient_attention_backward", "_grouped_mm"})
     aten.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   prefer_kernels(aten);
 }

@@ -62,6 +62,34 @@ TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
   expect([](auto& c) { c.query_offset = -1; }, "see none", "all_to_all");
 }
 
+TEST(AttentionChoice, Fp32TakesTheMemoryEfficientKernelWhereItIsRight) {
+  AttentionCase base = kOnGpu;
+  base.has_efficient = true;
+  EXPECT_EQ(choose_attention(base).form, Form::kFlash);
+  base.dtype = at::kFloat;
+  const auto choice = [&](void (*change)(AttentionCase&)) {
+    AttentionCase c = base;
+    change(c);
+    return choose_attention(c);
+  };
+  EXPECT_EQ(choice([](auto&) {}).form, Form::kEfficient);
+  EXPECT_EQ(choice([](auto& c) { c.has_flash = false; }).form, Form::kEfficient);
+  EXPECT_EQ(choice([](auto& c) { c.head_size = 20; }).form, Form::kEfficient);
+  EXPECT_EQ(choice([](auto& c) { c.sliding_window = 5; }).form, Form::kEfficient);
+  EXPECT_EQ(choice([](auto& c) { c.documents = c.has_starts = true; }).form,
+            Form::kEfficientDocuments);
+  const auto expect = [&](void (*change)(AttentionCase&), const char* reason, const char* fix) {
+    EXPECT_EQ(choice(change).form, Form::kReference) << reason;
+    EXPECT_THAT(choice(change).reason, HasSubstr(reason));
+    EXPECT_THAT(choice(change).fix, HasSubstr(fix));
+  };
+  expect([](auto& c) { c.path = Path::kReference; }, "CAPSTAN_OPS", "Unset");
+  expect([](auto& c) { c.dtype = at::kDouble; }, "not in fp64", "precision.compute: bf16");
+  expect([](auto& c) { c.head_size = 18; }, "multiples of 4", "model.head_dim");
+  expect([](auto& c) { c.documents = true; }, "in parts", "all_to_all");
+  expect([](auto& c) { c.query_offset = -1; }, "later start", "all_to_all");
+}
+
 TEST(AttentionChoice, CpusTakeTheirOwnKernels) {
   AttentionCase c{.dtype = at::kHalf, .head_size = 8, .queries = 4, .keys = 4};
   EXPECT_EQ(choose_attention(c).form, Form::kLibTorch);
@@ -73,7 +101,43 @@ TEST(AttentionChoice, CpusTakeTheirOwnKernels) {
 
 TEST(AttentionChoice, ThereIsFlashAttentionOnGpusAlone) {
   EXPECT_FALSE(has_flash(at::kCPU));
+  EXPECT_FALSE(has_efficient(at::kCPU));
   EXPECT_FALSE(has_flash(c10::Device(c10::kCUDA, 0)));  // this process has no CUDA half of LibTorch
+}
+
+// Diagonals and windows mean the mask, in rows whose backward measures windows from the first key.
+TEST(AttentionChoice, EfficientMasksMeanTheMask) {
+  int masks = 0;
+  for (int64_t queries = 1; queries < 6; ++queries)
+    for (int64_t keys = 1; keys < 6; ++keys)
+      for (int64_t offset = -3; offset < 8; ++offset)
+        for (int64_t window = 0; window < 8; ++window) {
+          AttentionCase c{.queries = queries, .keys = keys, .query_offset = offset};
+          if (window > 0) c.sliding_window = window;
+          const auto mask = efficient_mask(c);
+          masks += mask.has_value();
+          if (!mask) continue;
+          const bool to_last = mask->diagonal == Diagonal::kToLast;
+          EXPECT_FALSE(to_last && mask->window > 0);
+          for (int64_t t = 0; t < queries; ++t) {
+            int64_t seen = 0;
+            for (int64_t s = 0; s < keys; ++s) {
+              const bool by_mask = s <= t + offset && (window == 0 || s > t + offset - window);
+              seen += by_mask;
+              const int64_t last = t + (to_last ? keys - queries : 0);
+              const bool by_kernel = (mask->diagonal == Diagonal::kNone || s <= last) &&
+                                     (mask->window == 0 || s > t - mask->window);
+              EXPECT_EQ(by_mask, by_kernel)
+                  << queries << " " << keys << " " << offset << " " << window;
+            }
+            EXPECT_GT(seen, 0);
+          }
+        }
+  EXPECT_GT(masks, 100);
+  const auto has = [](AttentionCase c) { return efficient_mask(c).has_value(); };
+  EXPECT_TRUE(has({.queries = 8, .keys = 8, .sliding_window = 3}));
+  EXPECT_TRUE(has({.queries = 3, .keys = 8, .query_offset = 5}));
+  EXPECT_TRUE(has({.queries = 8, .keys = 8, .query_offset = 8}));
 }
 
 // The keys of a band are those of the mask, and every query has one; bands that would say more are

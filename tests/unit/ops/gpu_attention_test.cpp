@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// FlashAttention on a device against plain math in fp32 on the CPU: bands and documents. Legend: B
-// samples, T tokens, N query heads, K key/value heads, H head size.
+// FlashAttention on a device, and in fp32 the memory-efficient kernel, against plain math in fp32
+// on the CPU: bands, windows and documents. Legend: B samples, T tokens, N query heads, K key/value
+// heads, H head size.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -55,9 +56,11 @@ Results run(Form form, const Call& call, const Tensor& grad) {
   return r;
 }
 
-// Sums over keys and heads grow with the numbers in them.
+// Sums over keys and heads grow with the numbers in them. Products of fp32 are made of three of
+// TF32 on GPUs.
 void expect_near(const Tensor& got, const Tensor& want, const char* what) {
-  const auto t = testing::tolerance_of(at::kBFloat16);
+  const bool is_fp32 = got.scalar_type() == at::kFloat;
+  const auto t = is_fp32 ? testing::Tolerance{1e-4, 1e-5} : testing::tolerance_of(at::kBFloat16);
   const double scale = std::max(1.0, want.abs().max().item<double>());
   EXPECT_TRUE(testing::near(plain(got), want, {t.rtol, t.atol * scale})) << what;
 }
@@ -108,13 +111,15 @@ void compare_documents(const std::vector<std::vector<int64_t>>& division, int64_
   AttentionMask mask = documents(division, 70);
   if (window > 0) mask.sliding_window = window;
   const auto rows = static_cast<int64_t>(division.size());
-  compare(make_call({rows, 70, 70, 4, key_heads, 16}, dtype, mask), Form::kFlashDocuments);
+  compare(make_call({rows, 70, 70, 4, key_heads, 16}, dtype, mask),
+          dtype == at::kFloat ? Form::kEfficientDocuments : Form::kFlashDocuments);
 }
 
 TEST(GpuAttention, DocumentsAndWindowsMatchTheReference) {
   for (const auto& division : divisions())
     for (const int64_t window : {0, 1, 5, 200}) {
       compare_documents(division, window, at::kBFloat16, 2);
+      if (window == 0 || window == 5) compare_documents(division, window, at::kFloat, 2);
       if (HasFailure()) return;
     }
   for (const int64_t key_heads : {1, 4})
@@ -123,22 +128,25 @@ TEST(GpuAttention, DocumentsAndWindowsMatchTheReference) {
 }
 
 // More places than documents, and room for longer ones: the same numbers.
-TEST(GpuAttention, PaddedStartsChangeNothing) {
+void expect_padding_changes_nothing(at::ScalarType dtype, Form form) {
   const AttentionMask mask = documents({{20, 30, 20}, {50, 20}}, 70);
-  const Call call = on_device(make_call({2, 70, 70, 4, 2, 16}, at::kBFloat16, mask));
-  const Tensor grad = on_device(normal({2, 70, 4, 16}, 4, at::kBFloat16));
+  const Call call = on_device(make_call({2, 70, 70, 4, 2, 16}, dtype, mask));
+  const Tensor grad = on_device(normal({2, 70, 4, 16}, 4, dtype));
   Call padded = call;
   padded.mask.documents = {at::cat({call.mask.documents.starts,
                                     at::full({20}, 140, call.mask.documents.starts.options())}),
                            70};
-  const Results a = run(Form::kFlashDocuments, call, grad),
-                b = run(Form::kFlashDocuments, padded, grad);
+  const Results a = run(form, call, grad), b = run(form, padded, grad);
   EXPECT_TRUE(at::equal(a.parts.out_BTNH, b.parts.out_BTNH));
   EXPECT_TRUE(at::equal(a.parts.lse_BNT, b.parts.lse_BNT));
   EXPECT_TRUE(at::equal(a.grads.k_BSKH, b.grads.k_BSKH));
   EXPECT_TRUE(at::equal(a.grads.v_BSKH, b.grads.v_BSKH));
   // On a GPU the gradient of queries is summed in any order.
   expect_near(a.grads.q_BTNH, plain(b.grads.q_BTNH), "gradient of q");
+}
+TEST(GpuAttention, PaddedStartsChangeNothing) {
+  expect_padding_changes_nothing(at::kBFloat16, Form::kFlashDocuments);
+  expect_padding_changes_nothing(at::kFloat, Form::kEfficientDocuments);
 }
 
 TEST(GpuAttention, BandsMatchTheReference) {
@@ -159,34 +167,60 @@ TEST(GpuAttention, BandsMatchTheReference) {
   EXPECT_GT(flash, 20);
 }
 
+TEST(GpuAttention, Fp32MatchesTheReference) {
+  int efficient = 0;
+  for (const Shape& s :
+       {Shape{2, 40, 40, 4, 2, 16}, Shape{1, 9, 61, 6, 2, 24}, Shape{2, 33, 20, 4, 4, 8},
+        Shape{1, 1, 40, 4, 1, 64}, Shape{1, 64, 64, 4, 1, 20}, Shape{1, 130, 130, 2, 1, 128}})
+    for (const int64_t offset : {-3, 0, 20, 52, 100})
+      for (const int64_t window : {0, 1, 20, 60}) {
+        AttentionMask mask{.query_offset = offset};
+        if (window > 0) mask.sliding_window = window;
+        const Call call = make_call(s, at::kFloat, mask);
+        if (!efficient_mask(attention_forms::case_of(call.q_BTNH, call.k_BSKH, mask))) continue;
+        SCOPED_TRACE(
+            fmt::format("T {} S {} offset {} window {}", s.queries, s.keys, offset, window));
+        compare(call, Form::kEfficient);
+        ++efficient;
+      }
+  EXPECT_GT(efficient, 20);
+}
+
 // A ring hands in parts of the log-sum-exp, which kernels read by the layout of a whole one.
-TEST(GpuAttention, StridedLogSumExpIsRead) {
-  const Call call = on_device(make_call({2, 40, 40, 4, 2, 16}, at::kBFloat16, {}));
-  const Tensor grad = on_device(normal({2, 40, 4, 16}, 4, at::kBFloat16));
-  Results a = run(Form::kFlash, call, grad);
+void expect_strides_are_read(at::ScalarType dtype, Form form) {
+  const Call call = on_device(make_call({2, 40, 40, 4, 2, 16}, dtype, {}));
+  const Tensor grad = on_device(normal({2, 40, 4, 16}, 4, dtype));
+  Results a = run(form, call, grad);
   const Tensor longer = at::cat({a.parts.lse_BNT, a.parts.lse_BNT}, 2);
   const AttentionGrads into{at::empty_like(call.q_BTNH), at::empty_like(call.k_BSKH),
                             at::empty_like(call.v_BSKH)};
-  attention_forms::backward(Form::kFlash, call, grad, {a.parts.out_BTNH, longer.narrow(2, 0, 40)},
-                            into);
+  attention_forms::backward(form, call, grad, {a.parts.out_BTNH, longer.narrow(2, 0, 40)}, into);
   EXPECT_TRUE(at::equal(into.k_BSKH, a.grads.k_BSKH));
+}
+TEST(GpuAttention, StridedLogSumExpIsRead) {
+  expect_strides_are_read(at::kBFloat16, Form::kFlash);
+  expect_strides_are_read(at::kFloat, Form::kEfficient);
 }
 
 // Through autograd, q, k and v side by side.
-TEST(GpuAttention, MergedGradientsOfDocuments) {
+void expect_merged_gradients(at::ScalarType dtype) {
   const AttentionHeads heads{4, 2, 16, 0.25};
   const AttentionMask mask = documents({{12, 28}, {40}}, 40);
-  const Tensor qkv = normal({2, 40, 128}, 1, at::kBFloat16), w = normal({2, 40, 64}, 2);
+  const Tensor qkv = normal({2, 40, 128}, 1, dtype), w = normal({2, 40, 64}, 2);
   const Tensor there = leaf(on_device(qkv)), here = leaf(plain(qkv));
   AttentionMask moved = mask;
   moved.first_key_BT = on_device(mask.first_key_BT);
   moved.documents.starts = on_device(mask.documents.starts);
   const Tensor out = attention(there, heads, moved);
-  run_backward(out, on_device(w.to(at::kBFloat16)));
+  run_backward(out, on_device(w.to(dtype)));
   const Tensor want = attention(here, heads, mask);
   run_backward(want, w.to(at::kFloat));
   expect_near(out.detach(), want.detach(), "out");
   expect_near(there.grad(), here.grad(), "gradient");
+}
+TEST(GpuAttention, MergedGradientsOfDocuments) {
+  expect_merged_gradients(at::kBFloat16);
+  expect_merged_gradients(at::kFloat);
 }
 
 }  // namespace
