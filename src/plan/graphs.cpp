@@ -8,6 +8,14 @@
 #include "plan/resolve_internal.h"
 
 namespace capstan::plan {
+namespace {
+
+// What kernels/router.cu has no room for.
+bool has_large_router(const recipe::Experts& e) {
+  return e.count > 512 || e.per_token > 32 || e.groups > 32;
+}
+
+}  // namespace
 
 void check_graphs(Draft& draft) {
   const recipe::Recipe& r = draft.recipe;
@@ -18,6 +26,9 @@ void check_graphs(Draft& draft) {
   const std::string not_yet = " is not in this build";
   refuse(r.run.device == "cpu", "graphs are a GPU's", "Set run.device: cuda");
   if (r.model.experts.count > 0) {
+    refuse(has_large_router(r.model.experts),
+           "routers of more than 512 experts, 32 choices or 32 groups choose on the host",
+           "Set model.experts.count, per_token and groups to no more");
     refuse(r.parallel.expert > 1 && !r.model.experts.capacity_factor,
            "the host counts the rows that travel between experts without a capacity",
            "Set parallel.expert: 1, or model.experts.capacity_factor");

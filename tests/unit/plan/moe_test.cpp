@@ -387,6 +387,7 @@ TEST(MoePlan, GraphsNeedRowsThatTheHostDoesNotCount) {
   };
   EXPECT_THAT(why("precision.compute=fp32"), HasSubstr("Set precision.compute: bf16"));
   EXPECT_THAT(why("model.experts.intermediate_size=20"), HasSubstr("multiples of 8"));
+  EXPECT_THAT(why("model.experts.count=520"), HasSubstr("more than 512 experts"));
 }
 
 // Room for what a capacity lets each rank hand over to each expert.
