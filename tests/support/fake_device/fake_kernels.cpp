@@ -19,6 +19,13 @@ void to_host(LogitRows& rows) {
   to_host(rows.targets);
 }
 void to_host(PermuteShape& shape) { to_host(shape.place); }
+void to_host(QkNormShape& shape) {
+  to_host(shape.q_weight);
+  to_host(shape.k_weight);
+  to_host(shape.cos);
+  to_host(shape.sin);
+  to_host(shape.positions);
+}
 
 // A launcher whose device pointers are the given members of its arguments.
 template <class Args, auto kLaunch, auto... kPointers>
@@ -34,6 +41,8 @@ void launch(const Args& args, Stream stream) {
 
 using NF = NormForwardArgs;
 using NB = NormBackwardArgs;
+using QF = QkNormForwardArgs;
+using QB = QkNormBackwardArgs;
 using OA = OptimizerArgs;
 using BA = BlockwiseArgs;
 using SN = SquaredNormArgs;
@@ -65,6 +74,11 @@ Api make_api() {
   api.layer_norm_backward = kNormBackward<layer_norm_backward>;
   api.rope =
       launch<RopeArgs, rope, &RopeArgs::x, &RopeArgs::cos, &RopeArgs::sin, &RopeArgs::positions>;
+  api.qk_norm_rope_forward =
+      launch<QF, qk_norm_rope_forward, &QF::shape, &QF::x, &QF::out, &QF::rstd>;
+  api.qk_norm_rope_backward =
+      launch<QB, qk_norm_rope_backward, &QB::shape, &QB::x, &QB::rstd, &QB::grad, &QB::dx,
+             &QB::grad_q_weight, &QB::grad_k_weight, &QB::partial>;
   api.activation_forward = kActivation<activation_forward>;
   api.activation_backward = kActivation<activation_backward>;
   api.embedding_forward =
