@@ -75,7 +75,9 @@ struct MemoryReport {
   // On cuda, beside tensors: CUDA context, workspaces of cuBLAS, buffers of NCCL, the pool of
   // run.graphs. Assumed, not measured.
   int64_t device = 0;
-  int64_t host = 0;  // on cuda, what of the peak zero.offload keeps in host memory
+  // On cuda, what of the peak lies in host memory: by zero.offload, and by offload_activations the
+  // most of a step.
+  int64_t host = 0;
   [[nodiscard]] int64_t peak() const {
     return parameters + master + gradients + optimizer + activations + workspace + communication +
            data;

@@ -8,7 +8,8 @@
 //  - streams: every byte remembers who wrote and read it; an op that is not ordered behind those of
 //    other streams by events or host waits throws MissingWait, whatever the timing;
 //  - host memory: a non-blocking copy to pinned memory arrives when the host waits for it (NaN
-//    until then); changing the pinned source of a copy before it is done throws MissingWait.
+//    until then); changing the pinned source of a copy before it is done throws MissingWait, and
+//    so do copies of several streams from and to the same pinned memory without order.
 //  - graphs: while one is recorded ops compute as ever, so that their results have shapes, and what
 //    they wrote is taken back at the end; a launch runs them again at the same addresses and throws
 //    when memory from before the capture was freed since. A host wait during a capture throws.
