@@ -250,11 +250,11 @@ void NcclChannel::abort(NcclComm comm) {
       log::warning("comm", "{}", nccl_error_text(*api, {}, "ncclCommAbort", result));
   };
   if (!is_recorded_) return call();
-  device_->begin_abort();
-  std::thread([call, device = device_] {
-    device->accelerator.set_device(device->accelerator.device().index());
+  device_->aborts->begin();
+  std::thread([call, aborts = device_->aborts, &accelerator = device_->accelerator] {
+    accelerator.set_device(accelerator.device().index());
     call();
-    device->end_abort();
+    aborts->end();
   }).detach();
 }
 

@@ -79,8 +79,8 @@ class NcclChannel : public std::enable_shared_from_this<NcclChannel> {
   mutable std::mutex mutex_;
   std::atomic<bool> is_closed_ = false;
   bool is_started_ = false, is_ready_ = false;
-  bool is_launching_ = false;  // NCCL is being called; one thread at a time launches
-  bool is_recorded_ = false;   // a graph holds operations
+  bool is_launching_ = false;              // NCCL is being called; one thread at a time launches
+  std::atomic<bool> is_recorded_ = false;  // a graph holds operations
   std::condition_variable launched_, became_ready_;
   NcclComm comm_;
   std::deque<std::shared_ptr<NcclWork>> backlog_;      // not launched yet

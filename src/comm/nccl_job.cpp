@@ -25,7 +25,7 @@ NcclJob::~NcclJob() {
   }
   stop_changed_.notify_all();
   watcher_.join();
-  device_->finish_aborts();
+  device_->aborts->finish();
 }
 
 std::shared_ptr<NcclChannel> NcclJob::open_channel(NcclChannel::Place place,

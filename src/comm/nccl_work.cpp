@@ -17,6 +17,22 @@ constexpr std::chrono::seconds kAbortPatience{10};
 
 }  // namespace
 
+void NcclAborts::begin() {
+  std::lock_guard lock(mutex_);
+  ++count_;
+}
+
+void NcclAborts::end() {
+  std::lock_guard lock(mutex_);
+  --count_;
+  changed_.notify_all();
+}
+
+void NcclAborts::finish() {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, kAbortPatience, [this] { return count_ == 0; });
+}
+
 NcclDevice::NcclDevice(std::shared_ptr<NcclApi> nccl, device::Accelerator& where,
                        std::shared_ptr<WaitBook> waits, std::shared_ptr<RankState> rank_state)
     : api(std::move(nccl)),
@@ -71,22 +87,6 @@ void NcclDevice::rethrow_end(const std::string& where) {
   if (failure_) std::rethrow_exception(failure_);
   lock.unlock();
   throw book->aborted_error(where);
-}
-
-void NcclDevice::begin_abort() {
-  std::lock_guard lock(mutex_);
-  ++aborting_;
-}
-
-void NcclDevice::end_abort() {
-  std::lock_guard lock(mutex_);
-  --aborting_;
-  explained_.notify_all();
-}
-
-void NcclDevice::finish_aborts() {
-  std::unique_lock lock(mutex_);
-  explained_.wait_for(lock, kAbortPatience, [this] { return aborting_ == 0; });
 }
 
 NcclRecordedWork::NcclRecordedWork(std::shared_ptr<NcclDevice> device, Request request)

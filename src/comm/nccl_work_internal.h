@@ -15,6 +15,19 @@
 
 namespace capstan::comm {
 
+// Communicators of a rank that are aborted by threads of their own. Thread-safe.
+class NcclAborts {
+ public:
+  void begin();
+  void end();
+  void finish();  // waits for them, as long as they may take
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int count_ = 0;
+};
+
 // What the NCCL groups of one rank share. Thread-safe.
 class NcclWork;
 struct NcclDevice {
@@ -35,22 +48,17 @@ struct NcclDevice {
   // Of a job that has ended.
   [[noreturn]] void rethrow_end(const std::string& where);
 
-  // Communicators that are aborted by threads of their own; finish_aborts waits for them, as long
-  // as they may take.
-  void begin_abort();
-  void end_abort();
-  void finish_aborts();
-
   const std::shared_ptr<NcclApi> api;
   device::Accelerator& accelerator;
   const std::shared_ptr<WaitBook> book;
   const std::shared_ptr<RankState> state;
+  const std::shared_ptr<NcclAborts> aborts = std::make_shared<NcclAborts>();
 
  private:
   mutable std::mutex mutex_;
   std::vector<device::Event> events_;  // free ones
   std::condition_variable explained_;
-  int explaining_ = 0, aborting_ = 0;
+  int explaining_ = 0;
   std::exception_ptr failure_;
 };
 

@@ -26,6 +26,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using testing::make_batches;
 using testing::TinyResult;
 using testing::TinyRun;
@@ -34,13 +35,15 @@ constexpr int kSteps = 6, kWatched = 2;
 
 // As on devices of their own, ranks do not share a stream.
 void run_device_ranks(int n, const std::function<void(const comm::Communicator&)>& fn,
-                      const std::shared_ptr<test::FakeFabric>& fabric = nullptr) {
+                      std::shared_ptr<test::FakeFabric> fabric = nullptr) {
+  if (!fabric) fabric = std::make_shared<test::FakeFabric>();
   const auto on_own_stream = [&](const comm::Communicator& world) {
     device::Accelerator& accelerator = *device::accelerator();
     const device::StreamGuard guard(accelerator, accelerator.create_stream(false));
     fn(world);
   };
   test::run_device_ranks(n, on_own_stream, 60, fabric);
+  EXPECT_THAT(fabric->misuses(), IsEmpty());
 }
 
 // Rows of joined documents have no first keys.
