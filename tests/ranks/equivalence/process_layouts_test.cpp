@@ -27,19 +27,20 @@ constexpr double kTimeout = 120;
 // One layout per line that has what it says on as many ranks as there are processes; the rest of it
 // is drawn, the same on every rank.
 std::vector<LayoutCase> layouts_of(int ranks) {
-  const std::vector<Fixed> wanted = {{{"tp", "2"}, {"qwen", "3"}},
-                                     {{"dp_replicate", "2"}},
-                                     {{"zero", "1"}, {"dp_shard", "2"}},
-                                     {{"zero", "2"}, {"dp_shard", "2"}},
-                                     {{"zero", "3"}, {"dp_shard", "2"}},
-                                     {{"tp", "2"}, {"sp", "false"}},
-                                     {{"tp", "2"}, {"sp", "true"}},
-                                     {{"pp", "2"}, {"schedule", "1f1b"}},
-                                     {{"pp", "2"}, {"schedule", "zero_bubble"}},
-                                     {{"cp", "2"}, {"method", "ring"}},
-                                     {{"cp", "2"}, {"method", "all_to_all"}},
-                                     {{"ep", "2"}},
-                                     {{"family", "gpt2"}, {"tp", "2"}}};
+  const std::vector<Fixed> wanted = {
+      {{"tp", "2"}, {"sp", "false"}, {"qwen", "3"}, {"frozen", "none"}},
+      {{"dp_replicate", "2"}},
+      {{"zero", "1"}, {"dp_shard", "2"}},
+      {{"zero", "2"}, {"dp_shard", "2"}},
+      {{"zero", "3"}, {"dp_shard", "2"}},
+      {{"tp", "2"}, {"sp", "false"}},
+      {{"tp", "2"}, {"sp", "true"}},
+      {{"pp", "2"}, {"schedule", "1f1b"}},
+      {{"pp", "2"}, {"schedule", "zero_bubble"}},
+      {{"cp", "2"}, {"method", "ring"}},
+      {{"cp", "2"}, {"method", "all_to_all"}},
+      {{"ep", "2"}},
+      {{"family", "gpt2"}, {"tp", "2"}}};
   std::mt19937_64 random(17 + static_cast<uint64_t>(ranks));
   std::vector<LayoutCase> layouts;
   const auto most = read_env_int("CAPSTAN_PROCESS_LAYOUTS", 1, 1000).value_or(1000);
