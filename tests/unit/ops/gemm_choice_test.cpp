@@ -131,7 +131,8 @@ TEST(GemmChoice, AProductInAGraphIsLaunchedAgain) {
   Product p = some_product();
   p.accumulates = true;
   p.out_MN.zero_();
-  device.begin_capture();
+  const device::Pool pool = device.create_pool();
+  device.begin_capture(pool);
   EXPECT_TRUE(gemm->multiply(p));
   EXPECT_THROW((void)gemm->measure(problem_of(p)), c10::Error);
   const device::Graph graph = device.end_capture();
@@ -139,6 +140,7 @@ TEST(GemmChoice, AProductInAGraphIsLaunchedAgain) {
   for (int i = 0; i < 2; ++i) device.launch(graph);
   EXPECT_TRUE(p.out_MN.cpu().eq(16).all().item<bool>());
   device.destroy(graph);
+  device.destroy(pool);
 }
 
 // The fake itself: what it must not let pass.
