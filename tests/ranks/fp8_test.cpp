@@ -87,7 +87,9 @@ TEST(Fp8Training, AnyLayout_StaysWithinTheSpread) {
     EXPECT_LE(spread, 0.02) << scaling;
     for (const Layout& layout : layouts) {
       const TinyResult other = train(fp8_run(scaling, layout.settings, layout.ranks));
-      EXPECT_LE(distance(other, one), 2 * spread)
+      // Tensor ranks round their parts of a sum to bf16 too, which no grouping of samples does.
+      const bool cuts_sums = layout.settings.front() == "parallel.tensor=2";
+      EXPECT_LE(distance(other, one), (cuts_sums ? 3 : 2) * spread)
           << scaling << ", " << layout.settings.back() << ", spread " << spread;
     }
   }
