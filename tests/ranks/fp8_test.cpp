@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 
 #include "capstan/checkpoint/saver.h"
 #include "ranks/engine_fixture.h"
@@ -92,6 +93,26 @@ TEST(Fp8Training, AnyLayout_StaysWithinTheSpread) {
       EXPECT_LE(distance(other, one), (cuts_sums ? 3 : 2) * spread)
           << scaling << ", " << layout.settings.back() << ", spread " << spread;
     }
+  }
+}
+
+// Each rank sees maxima of its own rows or features; the history has those of all.
+TEST(Fp8Training, EveryRankHasTheMaximaOfAll) {
+  for (const char* layout : {"parallel.data=2", "parallel.tensor=2"}) {
+    std::mutex mutex;
+    std::vector<Tensor> histories;
+    with_engines(fp8_run("delayed", {layout}, 2), [&](int rank, Engine& engine) {
+      const auto objective = make_next_token_objective();
+      const int data_rank = engine.plan().grid.data_parallel_index(rank);
+      for (int64_t step = 0; step < 2; ++step)
+        (void)engine.step(make_batches(engine.plan(), data_rank, step), *objective);
+      for (const auto& entry : engine.state_entries()) {
+        const std::lock_guard lock(mutex);
+        if (entry.kind == "fp8") histories.push_back(entry.tensor.cpu().clone());
+      }
+    });
+    ASSERT_EQ(histories.size(), 2U) << layout;
+    EXPECT_TRUE(histories[0].equal(histories[1])) << layout;
   }
 }
 
