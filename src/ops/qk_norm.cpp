@@ -50,7 +50,7 @@ void add_weight_gradients(const Call& call, const Tensor& dq_H, const Tensor& dk
 // Writes the heads of `out` (which may be x) and returns 1 / root mean square, [B, T, N, 1].
 Tensor forward_reference(const Tensor& x, const Tensor& out, const Call& call) {
   const Tensor heads = heads_of(x, call).to(call.wide());
-  const Tensor rstd = at::rsqrt(heads.square().mean(-1, true) + call.norm.eps);
+  Tensor rstd = at::rsqrt(heads.square().mean(-1, true) + call.norm.eps);
   heads_of(out, call).copy_(turned_heads(heads * rstd * weights_NH(call), call.rope, false));
   return rstd;
 }
@@ -98,7 +98,7 @@ Tensor empty_rstd(const Tensor& x, const Call& call) {
 }
 
 Tensor forward_fused(const Tensor& x, const Tensor& out, const Call& call) {
-  const Tensor rstd = empty_rstd(x, call);
+  Tensor rstd = empty_rstd(x, call);
   const cpu::QkNormArgs args = cpu_args(x, out, rstd, call);
   const auto element = static_cast<size_t>(*cpu::element_of(x.scalar_type()));
   const auto kernel = cpu::qk_norm_kernels().forward[weight_kind(call, x)][element];
@@ -142,7 +142,7 @@ kernels::QkNormShape shape_of(const Tensor& x, const Call& call) {
 }
 
 Tensor forward_on_device(const Tensor& x, const Tensor& out, const Call& call) {
-  const Tensor rstd = empty_rstd(x, call);
+  Tensor rstd = empty_rstd(x, call);
   device_kernels()->qk_norm_rope_forward({.shape = shape_of(x, call),
                                           .eps = call.norm.eps,
                                           .x = x.const_data_ptr(),

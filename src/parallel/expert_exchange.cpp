@@ -35,7 +35,7 @@ struct Route {
     const Tensor leaving_QD = at::empty(y_QD.sizes(), y_QD.options());
     leaving_QD.index_copy_(0, arrival_Q, y_QD);
     const int64_t rows = std::accumulate(sent.begin(), sent.end(), int64_t{0});
-    const Tensor x_RD = at::empty({rows, y_QD.size(1)}, y_QD.options());
+    Tensor x_RD = at::empty({rows, y_QD.size(1)}, y_QD.options());
     group.all_to_all_v(x_RD, leaving_QD, sent, received).wait();
     return x_RD;
   }
@@ -47,7 +47,7 @@ struct FixedRoute {
   int64_t held, room;  // experts on a rank, rows of each from a rank
 
   [[nodiscard]] Tensor exchange(const Tensor& leaving) const {
-    const Tensor arrived = at::empty_like(leaving);
+    Tensor arrived = at::empty_like(leaving);
     group.all_to_all(arrived, leaving).wait();
     return arrived;
   }

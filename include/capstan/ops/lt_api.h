@@ -25,7 +25,7 @@ enum class LtScale { kNone, kTensor, kRow };
 struct LtMatrix {
   LtType type = LtType::kFp32;
   int64_t rows = 0, columns = 0, leading = 0;
-  auto operator<=>(const LtMatrix&) const = default;
+  auto operator<=>(const LtMatrix&) const = default;  // NOLINT: no null here
 };
 
 // D = op(A) op(B) (+ D) (+ bias), summed in fp32 and rounded once. Everything that decides which
@@ -37,7 +37,7 @@ struct LtProblem {
   bool has_bias = false;     // one number per row of D, added to each column; of the type of D
   LtScale scale = LtScale::kNone;
   int64_t alignment = 16;  // bytes: every matrix and the bias begin at a multiple, 2 to 16
-  auto operator<=>(const LtProblem&) const = default;
+  auto operator<=>(const LtProblem&) const = default;  // NOLINT: no null here
 
   [[nodiscard]] int64_t depth() const { return a_transposed ? a.rows : a.columns; }
 };
