@@ -23,6 +23,7 @@ struct Finding {
 };
 
 std::string best_instruction_set() {
+  if (cpu_has("avx512_bf16") && cpu_has("amx_bf16")) return "AVX-512 with bf16, AMX";
   if (cpu_has("avx512_bf16")) return "AVX-512 with bf16";
   if (cpu_has("avx512f")) return "AVX-512";
   if (cpu_has("avx2")) return "AVX2";
