@@ -57,34 +57,5 @@ INSTANTIATE_TEST_SUITE_P(Precisions, HuggingFaceLlama,
                                                                                     : "Reference");
                          });
 
-// Qwen's run in fp64 throughout (tests/fixtures/nn/make_qwen_fixture.py).
-constexpr testing::Tolerance kWide{1e-11, 1e-11};
-
-using QwenCase = std::tuple<const char*, at::ScalarType, ops::Path>;
-class HuggingFaceQwen : public ::testing::TestWithParam<QwenCase> {};
-
-TEST_P(HuggingFaceQwen, LogitsLossAndEveryGradient) {
-  const auto& [type, dtype, form] = GetParam();
-  const ops::PathGuard guard(form);
-  const auto fixture = read_tiny_safetensors(std::string(CAPSTAN_SOURCE_DIR "/tests/fixtures/nn/") +
-                                             type + "_tiny.safetensors");
-  const plan::ModelShape s = plan::from_hf_config(fixture.metadata.at("config"), type);
-  ASSERT_EQ(fixture.tensors.size(), 4 + 2 * plan::find_family(s.family).param_table(s).size());
-  expect_recorded(fixture, s, dtype, dtype == at::kDouble ? kWide : kFp32,
-                  [&](const std::string& what, const std::string& name) {
-                    return fixture.tensors.at(what + name);
-                  });
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Types, HuggingFaceQwen,
-    ::testing::Combine(::testing::Values("qwen2", "qwen3"),
-                       ::testing::Values(at::kDouble, at::kFloat),
-                       ::testing::Values(ops::Path::kFused, ops::Path::kReference)),
-    [](const auto& instance) {
-      return std::string(std::get<0>(instance.param)) + at::toString(std::get<1>(instance.param)) +
-             (std::get<2>(instance.param) == ops::Path::kFused ? "Fused" : "Reference");
-    });
-
 }  // namespace
 }  // namespace capstan::nn

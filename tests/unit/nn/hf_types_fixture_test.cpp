@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Mixtures of experts against numbers recorded from Hugging Face
-// (tests/fixtures/nn/make_mixtral_fixture.py).
+// Models by their config.json against numbers recorded from Hugging Face, in fp64 throughout
+// (tests/fixtures/nn/make_mixtral_fixture.py, make_qwen_fixture.py).
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -15,9 +15,9 @@ namespace {
 constexpr testing::Tolerance kFp64{1e-11, 1e-11}, kFp32{1e-4, 4e-6};
 
 using Case = std::tuple<const char*, at::ScalarType, ops::Path>;
-class HuggingFaceMoe : public ::testing::TestWithParam<Case> {};
+class HuggingFaceTypes : public ::testing::TestWithParam<Case> {};
 
-TEST_P(HuggingFaceMoe, LogitsLossAndEveryGradient) {
+TEST_P(HuggingFaceTypes, LogitsLossAndEveryGradient) {
   const auto& [type, dtype, form] = GetParam();
   const ops::PathGuard guard(form);
   const auto fixture = read_tiny_safetensors(std::string(CAPSTAN_SOURCE_DIR "/tests/fixtures/nn/") +
@@ -31,8 +31,8 @@ TEST_P(HuggingFaceMoe, LogitsLossAndEveryGradient) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Families, HuggingFaceMoe,
-    ::testing::Combine(::testing::Values("mixtral", "qwen2_moe"),
+    Families, HuggingFaceTypes,
+    ::testing::Combine(::testing::Values("mixtral", "qwen2_moe", "qwen2", "qwen3"),
                        ::testing::Values(at::kDouble, at::kFloat),
                        ::testing::Values(ops::Path::kFused, ops::Path::kReference)),
     [](const auto& instance) {
