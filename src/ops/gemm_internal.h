@@ -16,4 +16,9 @@ void run_algorithm(LtApi& api, const LtProblem& problem, const LtAlgorithm& algo
 // A product of the problem on scratch memory, with numbers between -1 and 1.
 [[nodiscard]] Product scratch_product(const LtProblem& problem);
 
+// Whether our kernels of CPUs with AMX have the product: bf16 factors, an fp32 result.
+[[nodiscard]] bool is_for_tiles(const Product& product);
+// Such a product.
+void multiply_on_tiles(const Product& product);
+
 }  // namespace capstan::ops

@@ -9,6 +9,7 @@
 #include "capstan/base/check.h"
 #include "capstan/ops/gemm.h"
 #include "capstan/ops/path.h"
+#include "ops/gemm_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -40,10 +41,12 @@ Fp8Linear* fp8_of(const Projection& projection, LinearMode mode) {
 
 bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
-// GPUs multiply 16-bit factors and add fp32 products to the buffer in one GEMM. CPUs do not.
-bool multiplies_wide(const Tensor& buffer, const Tensor& factor) {
-  return path() == Path::kFused && !factor.is_cpu() && buffer.scalar_type() == at::kFloat &&
-         (factor.scalar_type() == at::kBFloat16 || factor.scalar_type() == at::kHalf);
+// GPUs and tiles of CPUs multiply 16-bit factors and add fp32 products to the buffer in one GEMM.
+bool multiplies_wide(const Product& product) {
+  const auto type = product.a_MK.scalar_type();
+  if (product.a_MK.is_cpu()) return is_for_tiles(product);
+  return path() == Path::kFused && product.out_MN.scalar_type() == at::kFloat &&
+         (type == at::kBFloat16 || type == at::kHalf);
 }
 
 }  // namespace
@@ -80,10 +83,11 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in) {
   at::NoGradGuard no_grad;
   const Tensor x_ND = x_in.to(grad_NO.scalar_type());
-  if (!have_same_type(slot.buffer, grad_NO) && !multiplies_wide(slot.buffer, grad_NO))
+  const Product product{
+      .out_MN = slot.buffer, .a_MK = grad_NO.t(), .b_KN = x_ND, .accumulates = !slot.overwrite};
+  if (!have_same_type(slot.buffer, grad_NO) && !multiplies_wide(product))
     return param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
-  multiply(
-      {.out_MN = slot.buffer, .a_MK = grad_NO.t(), .b_KN = x_ND, .accumulates = !slot.overwrite});
+  multiply(product);
   slot.overwrite = false;
 }
 

@@ -11,6 +11,7 @@
 #include "capstan/base/check.h"
 #include "capstan/ops/gemm.h"
 #include "capstan/ops/path.h"
+#include "ops/gemm_internal.h"
 
 namespace capstan::ops {
 namespace {
@@ -182,7 +183,10 @@ bool multiply_by_lt(const Product& product) {
 }
 
 void multiply(const Product& product) {
-  if (!multiply_by_lt(product)) multiply_by_libtorch(product);
+  if (multiply_by_lt(product)) return;
+  if (!is_for_tiles(product)) return multiply_by_libtorch(product);
+  check(product);
+  multiply_on_tiles(product);
 }
 
 }  // namespace capstan::ops

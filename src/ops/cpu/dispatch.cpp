@@ -7,6 +7,7 @@
 #include "ops/cpu/fp8_kernels.h"
 #include "ops/cpu/layer_norm_kernels.h"
 #include "ops/cpu/norm_kernels.h"
+#include "ops/cpu/product_kernels.h"
 #include "ops/cpu/qk_norm_kernels.h"
 #include "ops/cpu/rope_kernels.h"
 #include "ops/cpu/swiglu_kernels.h"
@@ -77,6 +78,11 @@ const AttentionKernels& attention_kernels() {
           ? attention_amx
           : pick(attention_plain, attention_avx2, attention_avx512, attention_avx512bf16);
   return kernels;
+}
+
+const ProductKernels* product_kernels() {
+  static const bool has_tiles = device::isa_level() == device::Isa::kAmx;
+  return has_tiles ? &product_amx : nullptr;
 }
 
 }  // namespace capstan::ops::cpu

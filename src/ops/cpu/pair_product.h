@@ -24,6 +24,7 @@ struct PairProduct {
   int64_t rows, columns, depth;
   const uint16_t* a;
   int64_t a_row;
+  int64_t a_slab = kPairSide;  // of 32 numbers along k and the next ones
   const uint16_t* b;
   int64_t b_panel;  // distance of B's panels
   float* c;
@@ -65,11 +66,11 @@ CAPSTAN_INLINE void pair_block(const PairProduct& x, const uint16_t* a, const ui
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < x.depth; k += kPairSide) {
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(5, a + 16 * x.a_row + k, a_bytes);
+  for (int64_t k = 0; k < x.depth; k += kPairSide, a += x.a_slab) {
+    _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b + k * kPairPanel, 64);
     _tile_loadd(7, b + x.b_panel + k * kPairPanel, 64);
+    _tile_loadd(5, a + 16 * x.a_row, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -101,7 +102,8 @@ CAPSTAN_INLINE void pair_rows(const PairProduct& x, const uint16_t* a, const uin
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       int32_t pair;
-      __builtin_memcpy(&pair, a + m * x.a_row + k, sizeof pair);
+      __builtin_memcpy(&pair, a + m * x.a_row + k / kPairSide * x.a_slab + k % kPairSide,
+                       sizeof pair);
       const auto a_m = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
       sums[m][0] = _mm512_dpbf16_ps(sums[m][0], a_m, b0);
       sums[m][1] = _mm512_dpbf16_ps(sums[m][1], a_m, b1);
