@@ -21,6 +21,7 @@
 #include "capstan/plan/frozen.h"
 #include "ranks/parallel/seams_case.h"
 #include "support/gradient_check.h"
+#include "support/growing_cache.h"
 #include "support/run_ranks.h"
 
 namespace capstan::test {
@@ -181,29 +182,6 @@ Tensor ExpertRank::routed_part(const Tensor& x) const {
   return flat.narrow(0, begin, std::min(part, flat.numel() - begin));
 }
 
-namespace {
-
-nn::BlockIO detached(const nn::BlockIO& out) {
-  const auto leaf = [](const Tensor& x) {
-    return x.defined() ? x.detach().requires_grad_(x.requires_grad()) : x;
-  };
-  return {.hidden_BTD = leaf(out.hidden_BTD), .residual_BTD = leaf(out.residual_BTD), .extras = {}};
-}
-
-void backward_block(const nn::BlockIO& out, const nn::BlockIO& next) {
-  std::vector<Tensor> roots, grads;
-  const auto add = [&](const Tensor& x, const Tensor& leaf) {
-    if (!x.defined() || !x.requires_grad() || !leaf.grad().defined()) return;
-    roots.push_back(x);
-    grads.push_back(leaf.grad());
-  };
-  add(out.hidden_BTD, next.hidden_BTD);
-  add(out.residual_BTD, next.residual_BTD);
-  if (!roots.empty()) torch::autograd::backward(roots, grads);
-}
-
-}  // namespace
-
 void ExpertRank::train_micro_batch(int64_t index, Pass& pass, Sink& sink) {
   const auto part = [&](const Tensor& mine) {
     const int64_t count = mine.size(0) / case_.micro_batches;
@@ -265,26 +243,6 @@ ExpertRank::Pass ExpertRank::train() {
   pass.loads = balance_->finish_step(mesh_.world(), true);
   return pass;
 }
-
-namespace {
-
-class GrowingCache final : public param::KvCache {
- public:
-  std::pair<Tensor, Tensor> append(int layer, const Tensor& k, const Tensor& v) override {
-    auto& [keys, values] = layers_[layer];
-    keys = keys.defined() ? at::cat({keys, k}, 1) : k.clone();
-    values = values.defined() ? at::cat({values, v}, 1) : v.clone();
-    return {keys, values};
-  }
-  [[nodiscard]] int64_t length() const override {
-    return layers_.empty() ? 0 : layers_.begin()->second.first.size(1);
-  }
-
- private:
-  std::map<int, std::pair<Tensor, Tensor>> layers_;
-};
-
-}  // namespace
 
 Tensor ExpertRank::decode() {
   const at::NoGradGuard no_grad;

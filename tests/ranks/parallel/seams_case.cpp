@@ -124,8 +124,6 @@ Tensor SeamsRank::part(const Tensor& x, bool stream) const {
   return mine.narrow(1, tp_rank_ * (mine.size(1) / tp), mine.size(1) / tp).contiguous();
 }
 
-namespace {
-
 nn::BlockIO detached(const nn::BlockIO& out) {
   const auto leaf = [](const Tensor& x) {
     return x.defined() ? x.detach().requires_grad_(x.requires_grad()) : x;
@@ -144,8 +142,6 @@ void backward_block(const nn::BlockIO& out, const nn::BlockIO& next) {
   add(out.residual_BTD, next.residual_BTD);
   if (!roots.empty()) torch::autograd::backward(roots, grads);
 }
-
-}  // namespace
 
 nn::TokenScores SeamsRank::score(const nn::BlockIO& in, Tensor& objective) {
   const Tensor targets = part(batch_.targets_BT, false), weights = part(batch_.weights_BT, false);

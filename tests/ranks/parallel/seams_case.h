@@ -44,6 +44,11 @@ struct Batch {
 };
 [[nodiscard]] Batch batch_of(const SeamsCase& c);
 
+// Leaves of autograd with the values of a block's outputs, for the block behind it.
+[[nodiscard]] nn::BlockIO detached(const nn::BlockIO& out);
+// The block's backward from the gradients that `next`, its detached outputs, has by now.
+void backward_block(const nn::BlockIO& out, const nn::BlockIO& next);
+
 // One rank: its part of the model and of the batch.
 class SeamsRank {
  public:

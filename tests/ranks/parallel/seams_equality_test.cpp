@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "ranks/parallel/seams_case.h"
+#include "support/growing_cache.h"
 
 namespace capstan::test {
 namespace {
@@ -130,22 +131,6 @@ TEST_P(EveryCut, GathersAndReductionsInChunks) {
     expect_equal_to_one_rank(c);
   }
 }
-
-class GrowingCache final : public param::KvCache {
- public:
-  std::pair<Tensor, Tensor> append(int layer, const Tensor& k, const Tensor& v) override {
-    auto& [keys, values] = layers_[layer];
-    keys = keys.defined() ? at::cat({keys, k}, 1) : k.clone();
-    values = values.defined() ? at::cat({values, v}, 1) : v.clone();
-    return {keys, values};
-  }
-  [[nodiscard]] int64_t length() const override {
-    return layers_.empty() ? 0 : layers_.begin()->second.first.size(1);
-  }
-
- private:
-  std::map<int, std::pair<Tensor, Tensor>> layers_;
-};
 
 // Decoding cuts neither tokens nor rows, whatever the layout of training.
 Tensor decode(SeamsRank& rank, const SeamsCase& c) {

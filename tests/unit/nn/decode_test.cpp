@@ -6,28 +6,13 @@
 
 #include "capstan/base/error.h"
 #include "support/gradient_check.h"
+#include "support/growing_cache.h"
 #include "unit/nn/plain_llama.h"
 
 namespace capstan::nn {
 namespace {
 
 using at::Tensor;
-
-class GrowingCache final : public param::KvCache {
- public:
-  std::pair<Tensor, Tensor> append(int layer, const Tensor& k, const Tensor& v) override {
-    auto& [keys, values] = layers_[layer];
-    keys = keys.defined() ? at::cat({keys, k}, 1) : k.clone();
-    values = values.defined() ? at::cat({values, v}, 1) : v.clone();
-    return {keys, values};
-  }
-  [[nodiscard]] int64_t length() const override {
-    return layers_.empty() ? 0 : layers_.begin()->second.first.size(1);
-  }
-
- private:
-  std::map<int, std::pair<Tensor, Tensor>> layers_;
-};
 
 plan::ModelShape small_shape(std::optional<int64_t> window) {
   plan::ModelShape s;
@@ -66,7 +51,7 @@ TEST(Decode, CachedStepsEqualTheFullForward) {
       const Tensor want = logits_of(model, {.mode = param::Mode::kEval, .rows = &whole}, ids, 17);
       EXPECT_EQ(want.sizes(), (std::vector<int64_t>{2, 17, 29}));
 
-      GrowingCache cache;
+      test::GrowingCache cache;
       std::vector<Tensor> steps;
       for (const int64_t count : {7, 1, 1, 4, 1, 3}) {  // prompt, single tokens, chunks
         const int64_t done = cache.length();

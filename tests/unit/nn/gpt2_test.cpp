@@ -11,6 +11,7 @@
 #include "capstan/base/error.h"
 #include "capstan/ops/path.h"
 #include "support/gradient_check.h"
+#include "support/growing_cache.h"
 #include "unit/nn/plain_llama.h"
 
 namespace capstan::nn {
@@ -203,22 +204,6 @@ TEST(Gpt2, NarrowPrecisionsFollowFp64) {
   }
 }
 
-class GrowingCache final : public param::KvCache {
- public:
-  std::pair<Tensor, Tensor> append(int layer, const Tensor& k, const Tensor& v) override {
-    auto& [keys, values] = layers_[layer];
-    keys = keys.defined() ? at::cat({keys, k}, 1) : k.clone();
-    values = values.defined() ? at::cat({values, v}, 1) : v.clone();
-    return {keys, values};
-  }
-  [[nodiscard]] int64_t length() const override {
-    return layers_.empty() ? 0 : layers_.begin()->second.first.size(1);
-  }
-
- private:
-  std::map<int, std::pair<Tensor, Tensor>> layers_;
-};
-
 Tensor logits_of(const Model& model, const Context& context, const Tensor& ids) {
   Seams seams;
   at::NoGradGuard no_grad;
@@ -234,7 +219,7 @@ TEST(Gpt2, CachedStepsEqualTheFullForward) {
   const Tensor ids = (at::arange(2 * 15, at::kLong) * 13).remainder(29).view({2, 15});
   const param::RowMap whole;
   const Tensor want = logits_of(model, {.mode = param::Mode::kEval, .rows = &whole}, ids);
-  GrowingCache cache;
+  test::GrowingCache cache;
   std::vector<Tensor> steps;
   for (const int64_t count : {7, 1, 1, 4, 2}) {
     const int64_t done = cache.length();
