@@ -16,4 +16,7 @@ if(CAPSTAN_WITH_CUDA)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
   endif()
   find_package(CUDAToolkit REQUIRED)
+  # The runtime that LibTorch loads, which lies beside cuBLASLt: one folder to search when programs start.
+  find_library(CAPSTAN_CUDART_LIBRARY NAMES libcudart.so.13 cudart HINTS ${CAPSTAN_TORCH_ROOT}/../nvidia/cu13/lib ${CUDAToolkit_LIBRARY_DIR} REQUIRED)
+  set_target_properties(CUDA::cudart PROPERTIES IMPORTED_LOCATION ${CAPSTAN_CUDART_LIBRARY})
 endif()
