@@ -149,30 +149,48 @@ TEST(DeviceGraphRanks, StepsAreThoseWithoutIt) {
   }
 }
 
+// Rows travel between experts in exchanges of the size of their capacity.
+std::vector<TinyRun> layouts_of_experts() {
+  const std::string capacity = "model.experts.capacity_factor=0.75";
+  return {
+      {.ranks = 2, .overrides = {"parallel.zero.stage=1"}},
+      {.ranks = 2, .overrides = {"parallel.tensor=2"}},
+      {.ranks = 2, .overrides = {"parallel.pipeline.size=2"}},
+      {.ranks = 2, .overrides = {"parallel.context={size: 2, method: all_to_all}"}},
+      {.ranks = 2, .overrides = {"parallel.expert=2", "parallel.zero.stage=1", capacity}},
+      {.ranks = 2, .overrides = {"parallel.expert=2", "parallel.tensor=2", capacity}},
+      {.ranks = 2,
+       .overrides = {"parallel.expert=2", "parallel.tensor=2", "parallel.sequence=true", capacity}},
+      {.ranks = 4,
+       .overrides = {"parallel.expert=2", "parallel.zero.stage=2", "parallel.recompute.mode=block",
+                     capacity}}};
+}
+
 // Choices, counts and the states of routers, which are summed over the ranks, stay on the devices.
 TEST(DeviceGraphRanks, ExpertsAreLaunchedToo) {
   ops::install_device_kernels(&test::fake_kernels());
-  for (const char* layout :
-       {"parallel.zero.stage=1", "parallel.tensor=2", "parallel.pipeline.size=2",
-        "parallel.context={size: 2, method: all_to_all}"}) {
-    SCOPED_TRACE(layout);
-    TinyRun run{
-        .ranks = 2,
-        .overrides = {"model.family=moe", "model.experts.count=4", "model.experts.per_token=2",
-                      "model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
-                      "model.experts.auxiliary_loss=0.02", "model.experts.auxiliary_scope=global",
-                      "precision.compute=bf16", layout}};
+  for (const TinyRun& layout : layouts_of_experts()) {
+    SCOPED_TRACE(::testing::PrintToString(layout.overrides));
+    TinyRun run = layout;
+    run.overrides.insert(run.overrides.end(),
+                         {"model.family=moe", "model.experts.count=4", "model.experts.per_token=2",
+                          "model.experts.router=sigmoid", "model.experts.bias_update_rate=0.01",
+                          "model.experts.auxiliary_loss=0.02",
+                          "model.experts.auxiliary_scope=global", "precision.compute=bf16"});
     const Trained plain = train_by(run);
     run.graphs = true;
     const Trained graph = train_by(run);
     testing::expect_same_run(graph.run, plain.run, 0);
     EXPECT_EQ(graph.run.hash, plain.run.hash);
+    EXPECT_EQ(graph.traffic, plain.traffic);
     EXPECT_EQ(graph.launches, kWatched * 2);
     EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(8);
     for (size_t step = 0; step < kSteps; ++step) {
       ASSERT_EQ(graph.run.reports[step].experts.size(), plain.run.reports[step].experts.size());
       EXPECT_EQ(graph.run.reports[step].experts[0].tokens,
                 plain.run.reports[step].experts[0].tokens);
+      EXPECT_EQ(graph.run.reports[step].experts[0].dropped,
+                plain.run.reports[step].experts[0].dropped);
     }
   }
   ops::install_device_kernels(nullptr);
