@@ -19,6 +19,7 @@
 #include "capstan/optim/optimizer.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/plan/frozen.h"
+#include "capstan/plan/optimizer_states.h"
 #include "engine/attention_note_internal.h"
 #include "engine/backward_updates_internal.h"
 #include "engine/device_decision_internal.h"
@@ -132,7 +133,7 @@ struct Engine::Impl {
 
   // Stochastic rounding asks for the index of each element.
   [[nodiscard]] std::vector<parallel::Shard> shards_of_optimizer() const {
-    if (plan.resolved.optimizer.moments != "bf16") return shards;
+    if (!plan::rounds_by_index(plan.resolved.optimizer)) return shards;
     std::vector<parallel::Shard> numbered;
     for (const size_t s : shard_stores) numbered.push_back(model.stores[s]->numbered_shard());
     return numbered;
@@ -274,7 +275,11 @@ struct Engine::Impl {
     executor.run(work, [&](const Tensor&) {
       model.buckets->finish_step();
       if (host_updates) host_updates->await_gradients();
-      optimizer->observe_curvature(static_cast<double>(plan.batch.tokens_per_step));
+      optimizer->observe_curvature({.tokens = static_cast<double>(plan.batch.tokens_per_step),
+                                    .gradient_scale = 1.0 / work.loss_scale,
+                                    .count = control.scalars().optimizer_count,
+                                    .seed = seed,
+                                    .on_device = on_device ? &on_device->numbers() : nullptr});
     });
   }
 

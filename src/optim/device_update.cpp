@@ -16,6 +16,7 @@ namespace {
 DType dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble  ? DType::kFp64
          : x.scalar_type() == at::kFloat ? DType::kFp32
+         : x.scalar_type() == at::kByte  ? DType::kUint8
                                          : DType::kBf16;
 }
 
@@ -101,23 +102,53 @@ void DeviceUpdate::update(const Piece& piece, const FlatStep& step, const at::Te
 void DeviceUpdate::update_blocks(const Piece& piece, const FlatStep& step,
                                  const at::Tensor& state) const {
   const FlatTensors& t = *piece.tensors;
-  ops::device_kernels()->adamw_blockwise({.gradient = dtype_of(t.gradient),
-                                          .beta1 = step.beta1,
-                                          .beta2 = step.beta2,
-                                          .eps = step.eps,
-                                          .weight_decay = step.weight_decay,
-                                          .state = data_of<const kernels::StepState>(state),
-                                          .tiles = data_of<const kernels::Tile>(piece.tiles),
-                                          .tile_count = piece.count,
-                                          .codes = data_of<const kernels::MomentCodes>(codes_),
-                                          .weights = t.weights.mutable_data_ptr(),
-                                          .gradient_values = t.gradient.const_data_ptr(),
-                                          .first = data_of<uint8_t>(t.first),
-                                          .second = data_of<uint8_t>(t.second),
-                                          .first_scale = data_of<float>(t.first_scale),
-                                          .second_scale = data_of<float>(t.second_scale),
-                                          .copy = copy_of(t)},
-                                         current_stream());
+  const auto* const api = ops::device_kernels();
+  const auto launch = rule_ == UpdateRule::kAdamW  ? api->adamw_blockwise
+                      : rule_ == UpdateRule::kLion ? api->lion_blockwise
+                                                   : api->sophia_blockwise;
+  launch({.gradient = dtype_of(t.gradient),
+          .beta1 = step.beta1,
+          .beta2 = step.beta2,
+          .eps = step.eps,
+          .weight_decay = step.weight_decay,
+          .rho = step.rho,
+          .state = data_of<const kernels::StepState>(state),
+          .tiles = data_of<const kernels::Tile>(piece.tiles),
+          .tile_count = piece.count,
+          .codes = data_of<const kernels::MomentCodes>(codes_),
+          .weights = t.weights.mutable_data_ptr(),
+          .gradient_values = t.gradient.const_data_ptr(),
+          .first = data_of<uint8_t>(t.first),
+          .second = data_of<uint8_t>(t.second),
+          .first_scale = data_of<float>(t.first_scale),
+          .second_scale = data_of<float>(t.second_scale),
+          .copy = copy_of(t)},
+         current_stream());
+}
+
+void DeviceUpdate::observe(const CurvatureStep& step) const {
+  const kernels::StepState numbers{.count = step.count};
+  observe_by(step, to_device(&numbers, sizeof numbers));
+}
+
+void DeviceUpdate::observe_by(const CurvatureStep& step, const at::Tensor& state) const {
+  for (const Piece& piece : pieces_) {
+    const FlatTensors& t = *piece.tensors;
+    ops::device_kernels()->sophia_curvature(
+        {.types = {dtype_of(t.weights), dtype_of(t.gradient), dtype_of(t.second)},
+         .beta2 = step.beta2,
+         .tokens = step.tokens,
+         .gradient_scale = step.gradient_scale,
+         .seed = step.seed,
+         .state = data_of<const kernels::StepState>(state),
+         .tiles = data_of<const kernels::Tile>(piece.tiles),
+         .tile_count = piece.count,
+         .gradient = t.gradient.const_data_ptr(),
+         .curvature = t.second.mutable_data_ptr(),
+         .codes = data_of<const kernels::MomentCodes>(codes_),
+         .curvature_scale = data_of<float>(t.second_scale)},
+        current_stream());
+  }
 }
 
 }  // namespace capstan::optim

@@ -20,6 +20,9 @@ class DeviceUpdate {
   // By a kernels::StepState that is in device memory already; lr, scale and count of `step` are not
   // read.
   void step_by(const FlatStep& step, const at::Tensor& state) const;
+  // Sophia's curvature; likewise with the count.
+  void observe(const CurvatureStep& step) const;
+  void observe_by(const CurvatureStep& step, const at::Tensor& state) const;
 
  private:
   struct Piece {

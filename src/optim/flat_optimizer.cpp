@@ -24,7 +24,8 @@ Tensor& place_of(FlatTensors& tensors, const std::string& kind) {
   if (kind == "exp_avg") return tensors.first;
   if (kind == "exp_avg_scale") return tensors.first_scale;
   if (kind == "exp_avg_sq" || kind == "hessian") return tensors.second;
-  CAPSTAN_CHECK(kind == "exp_avg_sq_scale", "no state {} in AdamW, Lion and Sophia", kind);
+  CAPSTAN_CHECK(kind == "exp_avg_sq_scale" || kind == "hessian_scale",
+                "no state {} in AdamW, Lion and Sophia", kind);
   return tensors.second_scale;
 }
 
@@ -72,8 +73,15 @@ class FlatOptimizer final : public Optimizer {
            finished_steps % recipe_.sophia.interval == 0;
   }
 
-  void observe_curvature(double tokens) override {
-    for (const FlatJob& job : jobs_) update_curvature(job, recipe_.betas[1], tokens);
+  void observe_curvature(const CurvaturePass& pass) override {
+    const CurvatureStep step{.beta2 = recipe_.betas[1],
+                             .tokens = pass.tokens,
+                             .gradient_scale = pass.gradient_scale,
+                             .count = pass.count,
+                             .seed = pass.seed};
+    if (!on_device_) return update_curvature(jobs_, step);
+    pass.on_device ? on_device_->observe_by(step, pass.on_device->bytes)
+                   : on_device_->observe(step);
   }
 
  private:

@@ -65,16 +65,19 @@ void check_moments(UpdateRule rule, const FlatJob& job) {
   const auto dtype = t.weights.scalar_type(), moments = t.first.scalar_type();
   const bool has_second = rule != UpdateRule::kLion, blocks = in_blocks(t);
   const bool fits = moments == dtype || (dtype == at::kFloat && moments == at::kBFloat16) ||
-                    (dtype == at::kFloat && blocks && rule == UpdateRule::kAdamW);
+                    (dtype == at::kFloat && blocks);
   check_tensor(rule, t, t.first, "first moment", fits);
   CAPSTAN_CHECK(t.second.defined() == has_second, "{} with {} moments", name_of(rule),
                 has_second ? 1 : 2);
   if (has_second)
     check_tensor(rule, t, t.second, "second moment", t.second.scalar_type() == moments);
   if (!blocks) return;
-  for (const Tensor& scale : {t.first_scale, t.second_scale})
+  const auto check_scale = [&](const Tensor& scale) {
     check_tensor(rule, t, scale, "scale", scale.defined() && scale.scalar_type() == at::kFloat,
                  cpu::kBlock);
+  };
+  check_scale(t.first_scale);
+  if (has_second) check_scale(t.second_scale);
   CAPSTAN_CHECK(job.begin % cpu::kBlock == 0 && job.end % cpu::kBlock == 0,
                 "8-bit moments in [{}, {})", job.begin, job.end);
 }
@@ -102,15 +105,19 @@ T* from(const Tensor& x, int64_t begin) {
   return x.defined() ? static_cast<T*>(x.data_ptr()) + begin : nullptr;
 }
 
+template <class Gradient>
+const Gradient* gradient_of(const FlatJob& job) {
+  return static_cast<const Gradient*>(job.tensors->gradient.const_data_ptr()) + job.begin;
+}
+
 template <class T, class Gradient, class Moment>
 void run_kernel(cpu::Update<T, Gradient, Moment> kernel, const FlatJob& job,
                 const cpu::Factors<T>& factors) {
   const FlatTensors& t = *job.tensors;
-  kernel({from<T>(t.weights, job.begin),
-          static_cast<const Gradient*>(t.gradient.const_data_ptr()) + job.begin,
-          from<Moment>(t.first, job.begin), from<Moment>(t.second, job.begin), job.end - job.begin,
-          job.index},
-         factors);
+  kernel(
+      {from<T>(t.weights, job.begin), gradient_of<Gradient>(job), from<Moment>(t.first, job.begin),
+       from<Moment>(t.second, job.begin), job.end - job.begin, job.index},
+      factors);
 }
 
 template <class Gradient>
@@ -119,8 +126,7 @@ void run_blocks(cpu::BlockUpdate<Gradient> kernel, const FlatJob& job,
   const FlatTensors& t = *job.tensors;
   const int64_t block = job.begin / cpu::kBlock;
   kernel(
-      {from<float>(t.weights, job.begin),
-       static_cast<const Gradient*>(t.gradient.const_data_ptr()) + job.begin,
+      {from<float>(t.weights, job.begin), gradient_of<Gradient>(job),
        from<uint8_t>(t.first, job.begin), from<uint8_t>(t.second, job.begin),
        from<float>(t.first_scale, block), from<float>(t.second_scale, block), job.end - job.begin},
       factors, kernels::kMomentCodes);
@@ -138,13 +144,12 @@ void round_range(const Tensor& weights, const Tensor& copy, int64_t begin, int64
 
 // On fp32 weights.
 void run_fp32(UpdateRule rule, const FlatJob& task, const cpu::Factors<float>& factors) {
-  const auto& all = cpu::kernels();
   const auto& k = kernels_of(rule);
   const bool narrow_gradient = task.tensors->gradient.scalar_type() == at::kBFloat16;
   const auto moments = task.tensors->first.scalar_type();
   if (moments == at::kByte)
-    narrow_gradient ? run_blocks(all.adamw_blocks_bf16_gradient, task, factors)
-                    : run_blocks(all.adamw_blocks, task, factors);
+    narrow_gradient ? run_blocks(k.blocks_bf16_gradient, task, factors)
+                    : run_blocks(k.blocks, task, factors);
   else if (moments == at::kBFloat16)
     narrow_gradient ? run_kernel(k.bf16_gradient_and_moments, task, factors)
                     : run_kernel(k.bf16_moments, task, factors);
@@ -162,11 +167,15 @@ void run(UpdateRule rule, const FlatJob& task, const FlatStep& step) {
   if (t.copy.defined()) round_range(t.weights, t.copy, task.begin, task.end - task.begin);
 }
 
+void check_type_of_aten(const FlatTensors& t) {
+  CAPSTAN_CHECK(t.first.scalar_type() == t.weights.scalar_type(),
+                "{} moments off the CPU need our kernels", c10::toString(t.first.scalar_type()));
+}
+
 // The same formulas by ATen, for other devices without our kernels.
 void run_by_aten(UpdateRule rule, const FlatJob& job, const FlatStep& step) {
   const FlatTensors& t = *job.tensors;
-  CAPSTAN_CHECK(t.first.scalar_type() == t.weights.scalar_type(),
-                "{} moments off the CPU need our kernels", c10::toString(t.first.scalar_type()));
+  check_type_of_aten(t);
   const auto part = [&](const Tensor& x) { return x.narrow(0, job.begin, job.end - job.begin); };
   const auto f = factors_of<double>(rule, step, job.decay);
   const Tensor weights = part(t.weights), first = part(t.first);
@@ -189,37 +198,95 @@ void run_by_aten(UpdateRule rule, const FlatJob& job, const FlatStep& step) {
   if (t.copy.defined()) part(t.copy).copy_(weights);
 }
 
+// Cut into what a core takes at a time; on the CPU.
+std::vector<FlatJob> tasks_of(std::span<const FlatJob> jobs) {
+  std::vector<FlatJob> tasks;
+  for (const FlatJob& job : jobs)
+    for (int64_t begin = job.begin; begin < job.end; begin += kTaskElements)
+      tasks.push_back({job.tensors, begin, std::min(job.end, begin + kTaskElements), job.decay,
+                       job.index + static_cast<uint64_t>(begin - job.begin)});
+  return tasks;
+}
+
+template <class Run>
+void run_all(std::span<const FlatJob> jobs, const Run& run) {
+  const std::vector<FlatJob> tasks = tasks_of(jobs);
+  at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(tasks[static_cast<size_t>(i)]);
+  });
+}
+
+template <class T>
+cpu::CurvatureFactors<T> factors_of(const CurvatureStep& step) {
+  return {static_cast<T>(step.gradient_scale), static_cast<T>((1.0 - step.beta2) * step.tokens),
+          static_cast<T>(step.beta2), step.seed, static_cast<uint64_t>(step.count)};
+}
+
+template <class T, class Gradient, class Moment>
+cpu::CurvatureRange<T, Gradient, Moment> curvature_range(const FlatJob& job) {
+  const FlatTensors& t = *job.tensors;
+  return {gradient_of<Gradient>(job), from<Moment>(t.second, job.begin),
+          from<float>(t.second_scale, job.begin / cpu::kBlock), job.end - job.begin, job.index};
+}
+
+template <class Gradient>
+void estimate_fp32(const cpu::Curvature<float, Gradient> wide,
+                   const cpu::Curvature<float, Gradient, uint16_t> bf16,
+                   const cpu::BlockCurvature<Gradient> blocks, const FlatJob& task,
+                   const CurvatureStep& step) {
+  const auto factors = factors_of<float>(step);
+  const auto type = task.tensors->second.scalar_type();
+  if (type == at::kByte)
+    blocks(curvature_range<float, Gradient, uint8_t>(task), factors, kernels::kMomentCodes.second);
+  else if (type == at::kBFloat16)
+    bf16(curvature_range<float, Gradient, uint16_t>(task), factors);
+  else
+    wide(curvature_range<float, Gradient, float>(task), factors);
+}
+
+void estimate(const FlatJob& task, const CurvatureStep& step) {
+  const cpu::CurvatureKernels& k = cpu::kernels().curvature;
+  if (task.tensors->weights.scalar_type() == at::kDouble)
+    k.f64(curvature_range<double, double, double>(task), factors_of<double>(step));
+  else if (task.tensors->gradient.scalar_type() == at::kBFloat16)
+    estimate_fp32(k.bf16_gradient, k.bf16_gradient_and_moments, k.blocks_bf16_gradient, task, step);
+  else
+    estimate_fp32(k.f32, k.bf16_moments, k.blocks, task, step);
+}
+
 constexpr int64_t kCurvatureElements = int64_t{1} << 22;  // at a time, to keep temporaries small
 
-}  // namespace
-
-void update_curvature(const FlatJob& job, double beta2, double tokens) {
-  check_job(UpdateRule::kSophia, job);
+void estimate_by_aten(const FlatJob& job, const CurvatureStep& step) {
+  check_type_of_aten(*job.tensors);
   for (int64_t begin = job.begin; begin < job.end; begin += kCurvatureElements) {
     const int64_t count = std::min(kCurvatureElements, job.end - begin);
     const Tensor h = job.tensors->second.narrow(0, begin, count);
-    const Tensor g = job.tensors->gradient.narrow(0, begin, count).to(h.scalar_type());
-    const Tensor made = (g * g).mul_(tokens * (1.0 - beta2)).add_(h, beta2);
+    const Tensor g =
+        job.tensors->gradient.narrow(0, begin, count).to(h.scalar_type()) * step.gradient_scale;
+    const Tensor made = (g * g).mul_(step.tokens * (1.0 - step.beta2)).add_(h, step.beta2);
     h.copy_(at::where(at::isfinite(made), made, h));
   }
 }
 
+}  // namespace
+
+void update_curvature(std::span<const FlatJob> jobs, const CurvatureStep& step) {
+  std::vector<FlatJob> on_cpu;
+  for (const FlatJob& job : jobs) {
+    check_job(UpdateRule::kSophia, job);
+    job.tensors->weights.is_cpu() ? on_cpu.push_back(job) : estimate_by_aten(job, step);
+  }
+  run_all(on_cpu, [&](const FlatJob& task) { estimate(task, step); });
+}
+
 void update_flat(UpdateRule rule, std::span<const FlatJob> jobs, const FlatStep& step) {
   CAPSTAN_CHECK(step.count >= 1, "{} update number {}", name_of(rule), step.count);
-  std::vector<FlatJob> tasks;
+  std::vector<FlatJob> on_cpu;
   for (const FlatJob& job : jobs) {
     check_job(rule, job);
-    if (!job.tensors->weights.is_cpu()) {
-      run_by_aten(rule, job, step);
-      continue;
-    }
-    for (int64_t begin = job.begin; begin < job.end; begin += kTaskElements)
-      tasks.push_back({job.tensors, begin, std::min(job.end, begin + kTaskElements), job.decay,
-                       job.index + static_cast<uint64_t>(begin - job.begin)});
+    job.tensors->weights.is_cpu() ? on_cpu.push_back(job) : run_by_aten(rule, job, step);
   }
-  at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(rule, tasks[static_cast<size_t>(i)], step);
-  });
+  run_all(on_cpu, [&](const FlatJob& task) { run(rule, task, step); });
 }
 
 void round_to_copy(const Tensor& weights, const Tensor& copy) {

@@ -30,8 +30,8 @@ bool PerShardOptimizer::wants_curvature(int64_t finished_steps) const {
   return of_none_->wants_curvature(finished_steps);
 }
 
-void PerShardOptimizer::observe_curvature(double tokens) {
-  for (const auto& part : parts_) part->observe_curvature(tokens);
+void PerShardOptimizer::observe_curvature(const CurvaturePass& pass) {
+  for (const auto& part : parts_) part->observe_curvature(pass);
 }
 
 std::vector<OptimizerState> PerShardOptimizer::states() {

@@ -31,7 +31,7 @@ void Optimizer::step_on_device(const StepNumbers&, uint64_t) {
   CAPSTAN_CHECK(false, "an optimizer that does not read numbers on the device was handed some");
 }
 
-void Optimizer::observe_curvature(double) {
+void Optimizer::observe_curvature(const CurvaturePass&) {
   CAPSTAN_CHECK(false, "an optimizer that keeps no curvature was handed gradients for it");
 }
 

@@ -72,6 +72,10 @@ std::vector<ParamSpec> mark_row_blocks(std::vector<ParamSpec> table,
   return table;
 }
 
+bool rounds_by_index(const recipe::Optimizer& optimizer) {
+  return optimizer.moments == "bf16" || (optimizer.moments == "int8" && optimizer.name == "sophia");
+}
+
 void check_row_blocks(Draft& draft, const ModelShape& shape) {
   const recipe::Optimizer& optimizer = draft.recipe.optimizer;
   if (optimizer.moments != "int8") return;

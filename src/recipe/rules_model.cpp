@@ -111,17 +111,10 @@ void check_loss_scale(RuleContext& c) {
 }
 
 void check_moments(RuleContext& c) {
-  if (!c.has({"optimizer.moments", "optimizer.name", "precision.compute"})) return;
-  const Recipe& r = c.recipe();
-  const std::string& moments = r.optimizer.moments;
-  if (moments == "auto") return;
-  if (r.precision.compute == "fp64")
-    c.add("optimizer.moments", moments, "auto", "precision.compute is fp64", "Leave the key out");
-  const std::string& name = r.optimizer.name;
-  const bool fits = name == "adamw" || (name == "lion" && moments == "bf16");
-  if (!fits)
-    c.add("optimizer.moments", moments, name == "lion" ? "auto or bf16" : "auto",
-          "optimizer.name is " + name, "Leave the key out, or set optimizer.name: adamw");
+  if (!c.has({"optimizer.moments", "precision.compute"})) return;
+  const std::string& moments = c.recipe().optimizer.moments;
+  if (moments == "auto" || c.recipe().precision.compute != "fp64") return;
+  c.add("optimizer.moments", moments, "auto", "precision.compute is fp64", "Leave the key out");
 }
 
 // A pass on drawn labels is no part of what these were made for.
@@ -165,9 +158,7 @@ std::vector<Rule> model_rules() {
        check_master},
       {"`precision.residual` is auto, fp32 with a 16-bit compute type, or the compute type.",
        check_residual},
-      {"`optimizer.moments` is auto with `precision.compute: fp64`; int8 is for `optimizer.name: "
-       "adamw`.",
-       check_moments},
+      {"`optimizer.moments` is auto with `precision.compute: fp64`.", check_moments},
       {"`precision.loss_scale` is a number only with `precision.compute: fp16`.", check_loss_scale},
   };
 }

@@ -203,7 +203,7 @@ void add_optimizer_keys(std::vector<Key>& t) {
           .choice());
   t.push_back(KEY(optimizer.moments,
                   "Type of the moments; auto = that of the master weights. bf16: rounded "
-                  "stochastically. int8: adamw only, 8 bits in blocks of 256 elements; parameters "
+                  "stochastically. int8: 8 bits in blocks of 256 elements; parameters "
                   "under 4096 elements, with rows of no whole blocks, and the embedding keep auto.")
                   .choice());
   t.push_back(KEY(optimizer.lr, "Peak learning rate.").required().above(0));

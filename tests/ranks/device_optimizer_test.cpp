@@ -29,7 +29,8 @@ std::vector<at::Tensor> updated(const recipe::Optimizer& recipe, at::ScalarType 
   const auto optimizer = optim::make_optimizer(recipe, {shard});
   for (int64_t t = 1; t <= 3; ++t) {
     optimizer->step({.lr = 1e-2, .gradient_scale = 0.7, .count = t, .seed = 9});
-    if (optimizer->wants_curvature(recipe.sophia.interval)) optimizer->observe_curvature(1e3);
+    if (optimizer->wants_curvature(recipe.sophia.interval))
+      optimizer->observe_curvature({.tokens = 1e3, .gradient_scale = 0.5, .count = t, .seed = 9});
   }
   std::vector<at::Tensor> result{shard.master.cpu(), shard.copy.cpu()};
   for (const auto& state : optimizer->states()) result.push_back(state.values.cpu());
@@ -44,7 +45,10 @@ TEST(Device, EveryOptimizer_HasTheBitsOfTheCpu) {
                                       {"adamw", "int8"},
                                       {"lion", "auto"},
                                       {"lion", "bf16"},
-                                      {"sophia", "auto"}})
+                                      {"lion", "int8"},
+                                      {"sophia", "auto"},
+                                      {"sophia", "bf16"},
+                                      {"sophia", "int8"}})
     for (const auto& [gradient, copy] : {std::pair{at::kFloat, at::kBFloat16},
                                          {at::kBFloat16, at::kBFloat16},
                                          {at::kFloat, at::kHalf}}) {

@@ -37,7 +37,8 @@ struct Api {
   Launcher<FinishStatsArgs> finish_stats;
   Launcher<LogitGradientArgs> logit_gradient;
   Launcher<OptimizerArgs> adamw, lion, sophia;
-  Launcher<BlockwiseArgs> adamw_blockwise;
+  Launcher<BlockwiseArgs> adamw_blockwise, lion_blockwise, sophia_blockwise;
+  Launcher<CurvatureArgs> sophia_curvature;
   Launcher<SquaredNormArgs> squared_norm;
   Launcher<DecideStepArgs> decide_step;
   Launcher<FillNormalArgs> fill_normal;

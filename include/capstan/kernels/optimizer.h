@@ -47,7 +47,8 @@ inline constexpr int64_t kTileElements = 4096;
 //          h = second, which is only read
 // bf16 moments are rounded stochastically by Philox bits of (seed, count, the element's index in
 // the model = index of its tile + place in it): words 0 and 1 of a draw for m and v. Bytes per
-// element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10.
+// element, fp32 with bf16 copy: AdamW 16 read, 14 written; with bf16 moments 12 and 10; Sophia,
+// which does not write h, 4 or 2 less written.
 struct OptimizerTypes {
   DType weights = DType::kFp32;   // or fp64
   DType gradient = DType::kFp32;  // that of the weights, or bf16 beside fp32
@@ -71,12 +72,14 @@ void adamw(const OptimizerArgs& args, Stream stream);
 void lion(const OptimizerArgs& args, Stream stream);
 void sophia(const OptimizerArgs& args, Stream stream);
 
-// AdamW on fp32 weights with 8-bit moments: a block of 256 elements has one scale per moment
+// The same on fp32 weights with 8-bit moments: a block of 256 elements has one scale per moment
 // (dynamic_code.h). The moments of this update go into the weights before they are rounded. Tiles
-// begin and end with blocks. Bytes per element: 10 read, 8 written with a bf16 copy, scales 1/16.
+// begin and end with blocks. Bytes per element with a bf16 copy: AdamW 10 read, 8 written, scales
+// 1/16.
 struct BlockwiseArgs {
   DType gradient = DType::kFp32;  // or bf16
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  double rho = 0;  // Sophia
   const StepState* state = nullptr;
   const Tile* tiles = nullptr;
   int64_t tile_count = 0;
@@ -86,9 +89,30 @@ struct BlockwiseArgs {
   uint8_t *first = nullptr, *second = nullptr;
   float *first_scale = nullptr, *second_scale = nullptr;  // one per 256 elements
   void* copy = nullptr;                                   // bf16, or null
-};
+};                                                        // no second nor its scale: Lion
 inline constexpr int64_t kMomentBlock = 256;
 void adamw_blockwise(const BlockwiseArgs& args, Stream stream);
+void lion_blockwise(const BlockwiseArgs& args, Stream stream);
+void sophia_blockwise(const BlockwiseArgs& args, Stream stream);
+
+// Sophia's h <- b2 h + (1 - b2) B g^2 with g = gradient_scale x gradient of a mean over B tokens;
+// where that is not finite h stays. bf16 h is rounded stochastically by word 1 of the Philox bits
+// of (seed, state's count, index). 8-bit h (dynamic_code.h, second) as well, between two numbers of
+// the code, 0 among them; tiles begin and end with blocks. Runs whatever state's skip says. Bytes
+// per element, fp32: 8 read, 4 written; bf16 h 6 and 2; 8-bit h 5 and 1.
+struct CurvatureArgs {
+  OptimizerTypes types;  // moments: that of h; also uint8 beside fp32
+  double beta2 = 0.99, tokens = 1, gradient_scale = 1;
+  uint64_t seed = 0;
+  const StepState* state = nullptr;
+  const Tile* tiles = nullptr;
+  int64_t tile_count = 0;
+  const void* gradient = nullptr;
+  void* curvature = nullptr;
+  const MomentCodes* codes = nullptr;  // kMomentCodes; 8-bit h, as the scales
+  float* curvature_scale = nullptr;    // one per 256 elements
+};
+void sophia_curvature(const CurvatureArgs& args, Stream stream);
 
 // sum = sum of squares of the tiles flagged kCounted, in fp64 and in a fixed order; non_finite is 1
 // if any tile holds an infinity or NaN, else 0. Several buffers: `add` from the second one on.

@@ -17,8 +17,9 @@
 // Moments may be narrower than the weights; the numbers of this update are not rounded before w is
 // made:
 //   bf16  rounded stochastically by bits of (seed, t, index of the element in the model)
-//   8 bit AdamW only: blocks of 256 elements, each with its largest moment as fp32 scale and a byte
-//         of the dynamic code per element (capstan/kernels/dynamic_code.h)
+//   8 bit blocks of 256 elements, each with its largest moment as fp32 scale and a byte of the
+//         dynamic code per element (capstan/kernels/dynamic_code.h), the nearest; h between two
+//         numbers by random bits as above
 // The same bits for every thread count and instruction set.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -46,21 +47,29 @@ struct FlatStep {
 // bf16 or fp16 beside fp32, or undefined.
 struct FlatTensors {
   Tensor weights, gradient, first, second, copy;
-  Tensor first_scale = {}, second_scale = {};
+  Tensor first_scale = {}, second_scale = {};  // of moments that there are
 };
 // Elements [begin, end) of the tensors; whole blocks of 8-bit moments.
 struct FlatJob {
   const FlatTensors* tensors = nullptr;
   int64_t begin = 0, end = 0;
   bool decay = true;
-  uint64_t index = 0;  // of the first element in the model; bf16 moments only
+  uint64_t index = 0;  // of the first element in the model; bf16 moments and 8-bit curvature
 };
-// Sophia's curvature out of gradients g' of the job's tensors. tokens: B. Elements whose g' is not
-// finite keep theirs.
-void update_curvature(const FlatJob& job, double beta2, double tokens);
 
 // All jobs in one parallel region. Jobs do not overlap.
 void update_flat(UpdateRule rule, std::span<const FlatJob> jobs, const FlatStep& step);
+
+struct CurvatureStep {
+  double beta2 = 0.99;
+  double tokens = 1;          // B
+  double gradient_scale = 1;  // g' is this times the gradient of the jobs
+  int64_t count = 0;          // updates so far; with the seed: of the bits that round a narrow h
+  uint64_t seed = 0;
+};
+// Sophia's curvature out of gradients g'. An element whose g' is not finite keeps its own. Jobs as
+// in update_flat.
+void update_curvature(std::span<const FlatJob> jobs, const CurvatureStep& step);
 
 // copy <- weights, rounded to nearest even; the conversion that update_flat does on the way.
 void round_to_copy(const Tensor& weights, const Tensor& copy);

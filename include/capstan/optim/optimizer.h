@@ -26,6 +26,15 @@ struct UpdateStep {
 
 struct StepNumbers;  // device_step.h
 
+// What a pass on labels drawn from the model has left.
+struct CurvaturePass {
+  double tokens = 1;          // its gradients are those of a mean over so many
+  double gradient_scale = 1;  // 1 / loss scale: the true gradient is this times the buffer
+  int64_t count = 0;          // updates so far
+  uint64_t seed = 0;          // of stochastic rounding
+  const StepNumbers* on_device = nullptr;  // the count is read there
+};
+
 // One state tensor of one shard, laid out like it: a value for every `block` elements. Padding is
 // zero.
 struct OptimizerState {
@@ -45,16 +54,15 @@ class Optimizer {
   virtual void step_on_device(const StepNumbers& numbers, uint64_t seed);
   [[nodiscard]] virtual bool reads_device_numbers() const { return false; }
   // Whether the step after `finished_steps` begins with a pass on labels drawn from the model, and
-  // what that pass is for: its gradients, of a mean over `tokens` tokens, are in the shards. A
-  // function of the count alone.
+  // what that pass is for: its gradients are in the shards. A function of the count alone.
   [[nodiscard]] virtual bool wants_curvature(int64_t /*finished_steps*/) const { return false; }
-  virtual void observe_curvature(double tokens);
+  virtual void observe_curvature(const CurvaturePass& pass);
   // Views of live storage, for checkpoints. Equal order for equal shards.
   [[nodiscard]] virtual std::vector<OptimizerState> states() = 0;
 };
 
-// Frozen shards (without gradient) are not among `shards`. With optimizer.moments bf16 they are
-// numbered (FlatStore::numbered_shard).
+// Frozen shards (without gradient) are not among `shards`. Where plan::rounds_by_index()
+// they are numbered (FlatStore::numbered_shard).
 using OptimizerBuilder = std::function<std::unique_ptr<Optimizer>(
     const recipe::Optimizer&, const std::vector<parallel::Shard>& shards)>;
 

@@ -20,7 +20,7 @@ class PerShardOptimizer final : public Optimizer {
   void step_on_device(const StepNumbers& numbers, uint64_t seed) override;
   [[nodiscard]] bool reads_device_numbers() const override;
   [[nodiscard]] bool wants_curvature(int64_t finished_steps) const override;
-  void observe_curvature(double tokens) override;
+  void observe_curvature(const CurvaturePass& pass) override;
   [[nodiscard]] std::vector<OptimizerState> states() override;
 
  private:

@@ -37,4 +37,7 @@ struct StateSpec {
 [[nodiscard]] std::vector<ParamSpec> mark_row_blocks(std::vector<ParamSpec> table,
                                                      const recipe::Optimizer& optimizer);
 
+// Whether a state is rounded by random bits, which ask for the index of each element.
+[[nodiscard]] bool rounds_by_index(const recipe::Optimizer& optimizer);
+
 }  // namespace capstan::plan

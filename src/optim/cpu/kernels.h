@@ -25,6 +25,13 @@ struct Factors {
   uint64_t seed, step;  // bf16 moments
 };
 
+// h <- b2 h + weight g^2 with g = gradient_scale x gradient.
+template <class T>
+struct CurvatureFactors {
+  T gradient_scale, weight, beta2;
+  uint64_t seed, step;  // bf16 and 8-bit h
+};
+
 // Lion has no second moment.
 template <class T, class Gradient, class Moment = T>
 struct Range {
@@ -44,6 +51,15 @@ struct BlockRange {
   float *first_scale, *second_scale;
   int64_t count;
 };
+// scale: of 8-bit h, which comes in whole blocks.
+template <class T, class Gradient, class Moment = T>
+struct CurvatureRange {
+  const Gradient* gradient;
+  Moment* h;
+  float* scale;
+  int64_t count;
+  uint64_t index;  // of the first element, bf16 and 8-bit h
+};
 inline constexpr int64_t kBlock = 256;
 
 template <class T, class Gradient, class Moment = T>
@@ -52,6 +68,12 @@ template <class Gradient>
 using BlockUpdate = void (*)(const BlockRange<Gradient>&, const Factors<float>&,
                              const kernels::MomentCodes&);
 
+template <class T, class Gradient, class Moment = T>
+using Curvature = void (*)(const CurvatureRange<T, Gradient, Moment>&, const CurvatureFactors<T>&);
+template <class Gradient>
+using BlockCurvature = void (*)(const CurvatureRange<float, Gradient, uint8_t>&,
+                                const CurvatureFactors<float>&, const kernels::DynamicCode&);
+
 // Types of weights, gradients and moments; bf16 as its bits.
 struct UpdateKernels {
   Update<double, double> f64;
@@ -59,12 +81,22 @@ struct UpdateKernels {
   Update<float, uint16_t> bf16_gradient;
   Update<float, float, uint16_t> bf16_moments;
   Update<float, uint16_t, uint16_t> bf16_gradient_and_moments;
+  BlockUpdate<float> blocks;
+  BlockUpdate<uint16_t> blocks_bf16_gradient;
+};
+struct CurvatureKernels {
+  Curvature<double, double> f64;
+  Curvature<float, float> f32;
+  Curvature<float, uint16_t> bf16_gradient;
+  Curvature<float, float, uint16_t> bf16_moments;
+  Curvature<float, uint16_t, uint16_t> bf16_gradient_and_moments;
+  BlockCurvature<float> blocks;
+  BlockCurvature<uint16_t> blocks_bf16_gradient;
 };
 
 struct Kernels {
   UpdateKernels adamw, lion, sophia;
-  BlockUpdate<float> adamw_blocks;
-  BlockUpdate<uint16_t> adamw_blocks_bf16_gradient;
+  CurvatureKernels curvature;
   void (*to_bf16)(const float* from, uint16_t* to, int64_t count);
   double (*squares_f64)(const double* values, int64_t count);
   double (*squares_f32)(const float* values, int64_t count);

@@ -45,6 +45,7 @@ using QF = QkNormForwardArgs;
 using QB = QkNormBackwardArgs;
 using OA = OptimizerArgs;
 using BA = BlockwiseArgs;
+using CA = CurvatureArgs;
 using SN = SquaredNormArgs;
 using RF = RouterForwardArgs;
 using RB = RouterBackwardArgs;
@@ -64,6 +65,11 @@ constexpr auto kActivation = launch<ActivationArgs, kLaunch, &ActivationArgs::x,
 template <auto kLaunch>
 constexpr auto kOptimizer = launch<OA, kLaunch, &OA::state, &OA::tiles, &OA::weights, &OA::gradient,
                                    &OA::first, &OA::second, &OA::copy>;
+
+template <auto kLaunch>
+constexpr auto kBlockwise =
+    launch<BA, kLaunch, &BA::state, &BA::tiles, &BA::codes, &BA::weights, &BA::gradient_values,
+           &BA::first, &BA::second, &BA::first_scale, &BA::second_scale, &BA::copy>;
 
 Api make_api() {
   Api api = kLinkedApi;
@@ -97,9 +103,11 @@ Api make_api() {
   api.adamw = kOptimizer<adamw>;
   api.lion = kOptimizer<lion>;
   api.sophia = kOptimizer<sophia>;
-  api.adamw_blockwise = launch<BA, adamw_blockwise, &BA::state, &BA::tiles, &BA::codes,
-                               &BA::weights, &BA::gradient_values, &BA::first, &BA::second,
-                               &BA::first_scale, &BA::second_scale, &BA::copy>;
+  api.adamw_blockwise = kBlockwise<adamw_blockwise>;
+  api.lion_blockwise = kBlockwise<lion_blockwise>;
+  api.sophia_blockwise = kBlockwise<sophia_blockwise>;
+  api.sophia_curvature = launch<CA, sophia_curvature, &CA::state, &CA::tiles, &CA::gradient,
+                                &CA::curvature, &CA::codes, &CA::curvature_scale>;
   api.squared_norm =
       launch<SN, squared_norm, &SN::values, &SN::tiles, &SN::partial, &SN::sum, &SN::non_finite>;
   api.decide_step = launch<DecideStepArgs, decide_step, &DecideStepArgs::sum,

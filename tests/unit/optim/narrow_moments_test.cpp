@@ -3,6 +3,7 @@
 // Moments of 16 and 8 bits against scalar references.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -21,9 +22,12 @@ const FlatStep kStep{.lr = 3e-3,
                      .beta2 = 0.95,
                      .eps = 1e-8,
                      .weight_decay = 0.1,
+                     .rho = 0.7,
                      .gradient_scale = 0.5,
                      .count = 3,
                      .seed = 7};
+constexpr UpdateRule kRules[] = {UpdateRule::kAdamW, UpdateRule::kLion, UpdateRule::kSophia};
+bool has_second(UpdateRule rule) { return rule != UpdateRule::kLion; }
 
 struct Fixture {
   FlatTensors t;
@@ -33,12 +37,12 @@ struct Fixture {
     t.gradient = wave(count, 1.3, at::kFloat);
     t.first = blocks ? at::arange(count, at::kLong).mul_(37).to(at::kByte)
                      : wave(count, 2.1).mul_(0.1).to(moments);
-    if (rule == UpdateRule::kAdamW)
+    if (has_second(rule))
       t.second = blocks ? at::arange(count, at::kLong).mul_(91).to(at::kByte)
                         : wave(count, 0.7).square_().mul_(0.01).to(moments);
     if (!blocks) return;
     t.first_scale = wave(count / 256, 0.4, at::kFloat).abs_();
-    t.second_scale = wave(count / 256, 0.9, at::kFloat).abs_();
+    if (has_second(rule)) t.second_scale = wave(count / 256, 0.9, at::kFloat).abs_();
   }
 };
 
@@ -57,11 +61,22 @@ Scalar updated(UpdateRule rule, Scalar x, float gradient) {
     const float sign = static_cast<float>(u > 0) - static_cast<float>(u < 0);
     return {x.w * decay - f(kStep.lr) * sign, x.m * b2 + g * r2, 0};
   }
-  const double bias1 = 1 - std::pow(kStep.beta1, 3.0), bias2 = 1 - std::pow(kStep.beta2, 3.0);
   const float m = x.m * b1 + g * r1, v = x.v * b2 + (g * g) * r2;
+  if (rule == UpdateRule::kSophia) {
+    const float quotient = m / (x.v * f(kStep.rho) + f(1e-15));
+    return {x.w * decay - f(kStep.lr) * std::clamp(quotient, -1.0F, 1.0F), m, x.v};
+  }
+  const double bias1 = 1 - std::pow(kStep.beta1, 3.0), bias2 = 1 - std::pow(kStep.beta2, 3.0);
   return {x.w * decay -
               f(kStep.lr / bias1) * (m / (std::sqrt(v) * f(1 / std::sqrt(bias2)) + f(kStep.eps))),
           m, v};
+}
+
+// Of the tensors that an update changes.
+FlatTensors copies_of(const FlatTensors& t) {
+  const auto copy = [](const Tensor& x) { return x.defined() ? x.clone() : x; };
+  return {copy(t.weights), t.gradient,          copy(t.first),       copy(t.second),
+          copy(t.copy),    copy(t.first_scale), copy(t.second_scale)};
 }
 
 at::BFloat16 rounded(float x, uint32_t random) {
@@ -72,32 +87,28 @@ at::BFloat16 rounded(float x, uint32_t random) {
 TEST(Bf16Moments, AreRoundedByTheBitsOfTheirElement) {
   constexpr int64_t kCount = 1500;
   constexpr uint64_t kFirst = 0xffffff00;  // indices pass 2^32
-  for (const UpdateRule rule : {UpdateRule::kAdamW, UpdateRule::kLion}) {
+  for (const UpdateRule rule : kRules) {
     Fixture f(rule, kCount, at::kBFloat16);
-    const FlatTensors before{f.t.weights.clone(),
-                             f.t.gradient,
-                             f.t.first.clone(),
-                             f.t.second.defined() ? f.t.second.clone() : Tensor(),
-                             {}};
+    const FlatTensors before = copies_of(f.t);
     const FlatJob job{&f.t, 0, kCount, true, kFirst};
     update_flat(rule, {&job, 1}, kStep);
     for (int64_t i = 0; i < kCount; ++i) {
-      const bool has_second = rule == UpdateRule::kAdamW;
       const Scalar x{before.weights[i].item<float>(), before.first[i].item<float>(),
-                     has_second ? before.second[i].item<float>() : 0};
+                     has_second(rule) ? before.second[i].item<float>() : 0};
       const Scalar y = updated(rule, x, before.gradient[i].item<float>());
       const auto random = philox::draw(7, 3, kFirst + static_cast<uint64_t>(i));
       ASSERT_EQ(f.t.weights[i].item<float>(), y.w) << i;
       ASSERT_EQ(f.t.first[i].item<float>(), static_cast<float>(rounded(y.m, random[0]))) << i;
-      if (!has_second) continue;
+      if (rule != UpdateRule::kAdamW) continue;
       ASSERT_EQ(f.t.second[i].item<float>(), static_cast<float>(rounded(y.v, random[1]))) << i;
     }
+    if (rule == UpdateRule::kSophia) EXPECT_TRUE(f.t.second.equal(before.second));
   }
 }
 
 TEST(Bf16Moments, NoCutChangesTheirBits) {
   constexpr int64_t kCount = 40000;
-  for (const UpdateRule rule : {UpdateRule::kAdamW, UpdateRule::kLion}) {
+  for (const UpdateRule rule : kRules) {
     Fixture whole(rule, kCount, at::kBFloat16), cut(rule, kCount, at::kBFloat16);
     const FlatJob job{&whole.t, 0, kCount, true, 1000};
     update_flat(rule, {&job, 1}, kStep);
@@ -171,38 +182,50 @@ uint8_t nearest(float x, const kernels::DynamicCode& code, bool keeps_positive) 
   return static_cast<uint8_t>(best - code.zero);
 }
 
+float second_of(const FlatTensors& t, int64_t i) {
+  if (!t.second.defined()) return 0;
+  return kSecond.number[t.second[i].item<uint8_t>()] * t.second_scale[i / 256].item<float>();
+}
+
+// The block of `out` is that of `in` updated.
+void expect_block(UpdateRule rule, const FlatTensors& in, const FlatTensors& out, int64_t block) {
+  std::vector<Scalar> values;
+  float m_scale = 0, v_scale = 0;
+  for (int64_t i = block * 256; i < (block + 1) * 256; ++i) {
+    const Scalar x{in.weights[i].item<float>(),
+                   kFirst.number[in.first[i].item<uint8_t>()] * in.first_scale[block].item<float>(),
+                   second_of(in, i)};
+    values.push_back(updated(rule, x, in.gradient[i].item<float>()));
+    m_scale = std::max(m_scale, std::fabs(values.back().m));
+    v_scale = std::max(v_scale, values.back().v);
+  }
+  const bool writes_second = rule == UpdateRule::kAdamW;
+  ASSERT_EQ(out.first_scale[block].item<float>(), m_scale);
+  if (writes_second) ASSERT_EQ(out.second_scale[block].item<float>(), v_scale);
+  for (int64_t j = 0; j < 256; ++j) {
+    const Scalar& y = values[static_cast<size_t>(j)];
+    const int64_t i = block * 256 + j;
+    ASSERT_EQ(out.weights[i].item<float>(), y.w) << i;
+    ASSERT_EQ(out.first[i].item<uint8_t>(), nearest(y.m / m_scale, kFirst, false)) << i;
+    if (!writes_second) continue;
+    ASSERT_EQ(out.second[i].item<uint8_t>(), nearest(y.v / v_scale, kSecond, y.v > 0)) << i;
+  }
+}
+
 TEST(EightBitMoments, AreReadUpdatedAndCodedBlockByBlock) {
   constexpr int64_t kCount = 1024;
-  Fixture f(UpdateRule::kAdamW, kCount, at::kByte);
-  f.t.copy = at::zeros({kCount}, at::kBFloat16);
-  const FlatTensors in{f.t.weights.clone(),     f.t.gradient, f.t.first.clone(),
-                       f.t.second.clone(),      {},           f.t.first_scale.clone(),
-                       f.t.second_scale.clone()};
-  const FlatJob job{&f.t, 0, kCount};
-  update_flat(UpdateRule::kAdamW, {&job, 1}, kStep);
-  for (int64_t block = 0; block < kCount / 256; ++block) {
-    std::vector<Scalar> values;
-    float m_scale = 0, v_scale = 0;
-    for (int64_t i = block * 256; i < (block + 1) * 256; ++i) {
-      const Scalar x{
-          in.weights[i].item<float>(),
-          kFirst.number[in.first[i].item<uint8_t>()] * in.first_scale[block].item<float>(),
-          kSecond.number[in.second[i].item<uint8_t>()] * in.second_scale[block].item<float>()};
-      values.push_back(updated(UpdateRule::kAdamW, x, in.gradient[i].item<float>()));
-      m_scale = std::max(m_scale, std::fabs(values.back().m));
-      v_scale = std::max(v_scale, values.back().v);
-    }
-    ASSERT_EQ(f.t.first_scale[block].item<float>(), m_scale);
-    ASSERT_EQ(f.t.second_scale[block].item<float>(), v_scale);
-    for (int64_t j = 0; j < 256; ++j) {
-      const Scalar& y = values[static_cast<size_t>(j)];
-      const int64_t i = block * 256 + j;
-      ASSERT_EQ(f.t.weights[i].item<float>(), y.w) << i;
-      ASSERT_EQ(f.t.first[i].item<uint8_t>(), nearest(y.m / m_scale, kFirst, false)) << i;
-      ASSERT_EQ(f.t.second[i].item<uint8_t>(), nearest(y.v / v_scale, kSecond, y.v > 0)) << i;
-    }
+  for (const UpdateRule rule : kRules) {
+    Fixture f(rule, kCount, at::kByte);
+    f.t.copy = at::zeros({kCount}, at::kBFloat16);
+    const FlatTensors in = copies_of(f.t);
+    const FlatJob job{&f.t, 0, kCount};
+    update_flat(rule, {&job, 1}, kStep);
+    for (int64_t block = 0; block < kCount / 256; ++block) expect_block(rule, in, f.t, block);
+    EXPECT_TRUE(f.t.copy.equal(f.t.weights.to(at::kBFloat16)));
+    if (rule != UpdateRule::kSophia) continue;
+    EXPECT_TRUE(f.t.second.equal(in.second));
+    EXPECT_TRUE(f.t.second_scale.equal(in.second_scale));
   }
-  EXPECT_TRUE(f.t.copy.equal(f.t.weights.to(at::kBFloat16)));
 }
 
 TEST(EightBitMoments, OfNothing_StayZero) {
@@ -254,33 +277,49 @@ TEST(EightBitMoments, TrackThoseOfFp32) {
   EXPECT_LT(error.square().mean().sqrt().item<double>(), 0.03 * path);
 }
 
+void run_by(const cpu::UpdateKernels& k, const FlatTensors& t, bool blocks) {
+  const cpu::Factors<float> factors{.gradient_scale = 0.5F,
+                                    .decay = 0.999F,
+                                    .beta1 = 0.9F,
+                                    .rest1 = 0.1F,
+                                    .beta2 = 0.95F,
+                                    .rest2 = 0.05F,
+                                    .step_size = 3e-3F,
+                                    .inverse_root = 1.5F,
+                                    .eps = 1e-8F,
+                                    .rho = 0.7F,
+                                    .seed = 7,
+                                    .step = 3};
+  const auto data = [](const Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; };
+  auto* const w = t.weights.data_ptr<float>();
+  const auto* const g = t.gradient.const_data_ptr<float>();
+  const int64_t count = t.weights.numel();
+  if (blocks)
+    k.blocks({w, g, t.first.data_ptr<uint8_t>(), static_cast<uint8_t*>(data(t.second)),
+              t.first_scale.data_ptr<float>(), static_cast<float*>(data(t.second_scale)), count},
+             factors, kernels::kMomentCodes);
+  else
+    k.bf16_moments({w, g, static_cast<uint16_t*>(data(t.first)),
+                    static_cast<uint16_t*>(data(t.second)), count, 5},
+                   factors);
+}
+
+const cpu::UpdateKernels& of_rule(const cpu::Kernels& k, UpdateRule rule) {
+  return rule == UpdateRule::kAdamW ? k.adamw : rule == UpdateRule::kLion ? k.lion : k.sophia;
+}
+
 TEST(NarrowMoments, AllInstructionSetsGiveTheSameBits) {
-  constexpr int64_t kCount = 2048;
-  const auto run = [](const cpu::Kernels& k, Fixture& f, bool blocks) {
-    const FlatTensors& t = f.t;
-    const cpu::Factors<float> factors{0.5F,  0.999F, 0.9F,  0.1F, 0.95F, 0.05F,
-                                      3e-3F, 1.5F,   1e-8F, 7,    3};
-    auto* const w = t.weights.data_ptr<float>();
-    const auto* const g = t.gradient.const_data_ptr<float>();
-    if (blocks)
-      k.adamw_blocks({w, g, t.first.data_ptr<uint8_t>(), t.second.data_ptr<uint8_t>(),
-                      t.first_scale.data_ptr<float>(), t.second_scale.data_ptr<float>(), kCount},
-                     factors, kernels::kMomentCodes);
-    else
-      k.adamw.bf16_moments({w, g, static_cast<uint16_t*>(t.first.data_ptr()),
-                            static_cast<uint16_t*>(t.second.data_ptr()), kCount, 5},
-                           factors);
-  };
-  for (const bool blocks : {false, true}) {
-    const auto type = blocks ? at::kByte : at::kBFloat16;
-    Fixture here(UpdateRule::kAdamW, kCount, type), plain(UpdateRule::kAdamW, kCount, type);
-    run(cpu::kernels(), here, blocks);
-    run(cpu::plain::kKernels, plain, blocks);
-    EXPECT_TRUE(here.t.weights.equal(plain.t.weights));
-    EXPECT_TRUE(here.t.first.equal(plain.t.first));
-    EXPECT_TRUE(here.t.second.equal(plain.t.second));
-    EXPECT_TRUE(!blocks || here.t.second_scale.equal(plain.t.second_scale));
-  }
+  for (const UpdateRule rule : kRules)
+    for (const bool blocks : {false, true}) {
+      const auto type = blocks ? at::kByte : at::kBFloat16;
+      Fixture here(rule, 2048, type), plain(rule, 2048, type);
+      run_by(of_rule(cpu::kernels(), rule), here.t, blocks);
+      run_by(of_rule(cpu::plain::kKernels, rule), plain.t, blocks);
+      EXPECT_TRUE(here.t.weights.equal(plain.t.weights));
+      EXPECT_TRUE(here.t.first.equal(plain.t.first));
+      EXPECT_TRUE(!has_second(rule) || here.t.second.equal(plain.t.second));
+      EXPECT_TRUE(!blocks || here.t.first_scale.equal(plain.t.first_scale));
+    }
 }
 
 TEST(NarrowMoments, WhatDoesNotFit_IsRefused) {

@@ -3,9 +3,13 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
 #include <limits>
 
 #include "capstan/base/error.h"
+#include "capstan/base/philox.h"
+#include "capstan/kernels/dynamic_code.h"
 #include "capstan/optim/flat_update.h"
 #include "optim/cpu/kernels.h"
 #include "wave.h"
@@ -26,6 +30,10 @@ struct Fixture {
     const FlatJob whole = job(decay);
     update_flat(UpdateRule::kSophia, {&whole, 1}, step);
   }
+  void observe(const CurvatureStep& step) const {
+    const FlatJob whole = job();
+    update_curvature({&whole, 1}, step);
+  }
 };
 
 const FlatStep kStep{.lr = 1e-2, .beta1 = 0.965, .beta2 = 0.99, .weight_decay = 0.1, .rho = 0.04};
@@ -42,7 +50,7 @@ TEST(Sophia, ThreeSteps_AreTheAuthors) {
     f.update(kStep);
     if (t > 0) continue;
     f.t.gradient.copy_(at::tensor({0.3, 0.1, 0.2}, at::kDouble));
-    update_curvature(f.job(), 0.99, 8);
+    f.observe({.beta2 = 0.99, .tokens = 8});
   }
   EXPECT_LT(difference(f.t.weights, at::tensor({1.0070130, -1.9840360, 0.4785115}, at::kDouble)),
             1e-7);
@@ -66,8 +74,8 @@ TEST(Sophia, AnyStep_EqualsThePaperInFp64) {
     const Tensor quotient = m / (h * 0.5 + 1e-15);
     clipped += quotient.abs().gt(1).sum().item<int64_t>();
     w = w * (1 - 1e-2 * 0.1) - quotient.clamp(-1, 1) * 1e-2;
-    f.t.gradient.copy_(g * 3);
-    update_curvature(f.job(), 0.99, 7);
+    f.t.gradient.copy_(g * 12);
+    f.observe({.beta2 = 0.99, .tokens = 7, .gradient_scale = 0.25});
     h = h * 0.99 + g.square() * 9 * 7 * 0.01;
   }
   EXPECT_LT(difference(f.t.weights, w), 1e-15);
@@ -92,7 +100,8 @@ TEST(Sophia, CurvatureOfWhatIsNotFinite_Stays) {
   f.t.gradient[7] = std::numeric_limits<double>::infinity();
   f.t.gradient[4999] = std::numeric_limits<double>::quiet_NaN();
   const Tensor before = f.t.second.clone();
-  update_curvature({&f.t, 3, 5000, true}, 0.5, 2);
+  const FlatJob part{&f.t, 3, 5000};
+  update_curvature({&part, 1}, {.beta2 = 0.5, .tokens = 2});
   const Tensor changed = f.t.second.ne(before);
   EXPECT_FALSE(changed.narrow(0, 0, 3).any().item<bool>());
   EXPECT_FALSE(changed[7].item<bool>());
@@ -124,6 +133,135 @@ TEST(Sophia, SameBitsForAnyThreadCountAndInstructionSet) {
     EXPECT_TRUE(run.t.first.equal(f.t.first));
     EXPECT_TRUE(run.t.second.equal(f.t.second));
   }
+}
+
+// Curvature of 16 and 8 bits against scalar references.
+constexpr CurvatureStep kObserved{
+    .beta2 = 0.9, .tokens = 12, .gradient_scale = 0.25, .count = 5, .seed = 7};
+constexpr uint64_t kFirstIndex = 0xffffff00;  // indices pass 2^32
+const kernels::DynamicCode& kCode = kernels::kMomentCodes.second;
+
+struct NarrowFixture : Fixture {
+  NarrowFixture(int64_t count, at::ScalarType type) : Fixture(count, at::kFloat) {
+    const bool blocks = type == at::kByte;
+    t.first = at::zeros({count}, type);
+    t.second = blocks ? at::arange(count, at::kLong).mul_(91).to(at::kByte) : t.second.to(type);
+    if (!blocks) return;
+    t.first_scale = at::zeros({count / 256}, at::kFloat);
+    t.second_scale = wave(count / 256, 0.9, at::kFloat).abs_();
+  }
+  // One block after the other, and all at once.
+  void observe_numbered(int64_t parts) const {
+    const int64_t size = t.weights.numel() / parts;
+    std::vector<FlatJob> jobs;
+    for (int64_t i = 0; i < parts; ++i)
+      jobs.push_back(
+          {&t, i * size, (i + 1) * size, true, kFirstIndex + static_cast<uint64_t>(i * size)});
+    update_curvature(jobs, kObserved);
+  }
+  [[nodiscard]] Tensor curvature() const {
+    if (!t.second_scale.defined()) return t.second.to(at::kFloat);
+    const Tensor numbers = at::tensor(at::ArrayRef<float>(kCode.number, 256));
+    return numbers.index_select(0, t.second.to(at::kLong)).view({-1, 256}) *
+           t.second_scale.unsqueeze(1);
+  }
+};
+
+float estimated(float gradient, float h) {
+  const float g = gradient * 0.25F;
+  return (g * g) * static_cast<float>((1 - 0.9) * 12) + h * static_cast<float>(0.9);
+}
+uint32_t random_of(int64_t i) {
+  return philox::draw(7, 5, kFirstIndex + static_cast<uint64_t>(i))[1];
+}
+
+TEST(Bf16Curvature, IsRoundedByTheBitsOfItsElement) {
+  const NarrowFixture before(1536, at::kBFloat16), f(1536, at::kBFloat16), cut(1536, at::kBFloat16);
+  f.observe_numbered(1);
+  cut.observe_numbered(6);
+  for (int64_t i = 0; i < 1536; ++i) {
+    const float h = estimated(f.t.gradient[i].item<float>(), before.t.second[i].item<float>());
+    const uint32_t bits = std::bit_cast<uint32_t>(h) + (random_of(i) & 0xffffU);
+    ASSERT_EQ(f.t.second[i].item<float>(), std::bit_cast<float>(bits & 0xffff0000U)) << i;
+  }
+  EXPECT_TRUE(f.t.second.equal(cut.t.second));
+}
+
+// Of the two numbers around x the one that the bits say, by looking at all of them.
+uint8_t drawn(float x, uint32_t random) {
+  int below = 0;
+  while (below < 255 && kCode.number[below + 1] <= x) ++below;
+  if (below == 255) return 255;
+  const float low = kCode.number[below], gap = kCode.number[below + 1] - low;
+  const bool up = static_cast<float>(random >> 8) / 16777216.0F * gap < x - low;
+  return static_cast<uint8_t>(up ? below + 1 : below);
+}
+
+TEST(EightBitCurvature, IsReadUpdatedAndCodedBlockByBlock) {
+  const NarrowFixture before(1536, at::kByte), f(1536, at::kByte), cut(1536, at::kByte);
+  f.observe_numbered(1);
+  cut.observe_numbered(6);
+  for (int64_t block = 0; block < 6; ++block) {
+    float h[256], largest = 0;
+    for (int64_t j = 0; j < 256; ++j) {
+      const int64_t i = block * 256 + j;
+      const float old = kCode.number[before.t.second[i].item<uint8_t>()] *
+                        before.t.second_scale[block].item<float>();
+      h[j] = estimated(f.t.gradient[i].item<float>(), old);
+      largest = std::max(largest, h[j]);
+    }
+    ASSERT_EQ(f.t.second_scale[block].item<float>(), largest);
+    for (int64_t j = 0; j < 256; ++j)
+      ASSERT_EQ(f.t.second[block * 256 + j].item<uint8_t>(),
+                drawn(h[j] / largest, random_of(block * 256 + j)));
+  }
+  EXPECT_TRUE(f.t.second.equal(cut.t.second));
+  EXPECT_TRUE(f.t.second_scale.equal(cut.t.second_scale));
+}
+
+// A hundredth of the way to gradients half as large, 300 times: rounded to nearest, most would
+// stand still, as steps of the code are larger.
+TEST(NarrowCurvature, CreepsAsThatOfFp32) {
+  for (const auto type : {at::kBFloat16, at::kByte}) {
+    const NarrowFixture narrow(65536, type);
+    Fixture wide(65536, at::kFloat);
+    narrow.t.second.zero_();
+    wide.t.second.zero_();
+    narrow.t.gradient.uniform_(0.5, 1);
+    narrow.t.gradient.view({-1, 256}).select(1, 0).fill_(2);
+    wide.t.gradient = narrow.t.gradient;
+    narrow.observe({.beta2 = 0});
+    wide.observe({.beta2 = 0});
+    narrow.t.gradient.mul_(0.5);
+    narrow.t.gradient.view({-1, 256}).select(1, 0).fill_(2);
+    for (int64_t count = 1; count <= 300; ++count) {
+      const FlatJob jobs[] = {narrow.job(), wide.job()};
+      update_curvature(jobs, {.beta2 = 0.99, .count = count, .seed = 3});
+    }
+    const double want = wide.t.second.mean().item<double>();
+    EXPECT_NEAR(narrow.curvature().mean().item<double>() / want, 1, 2e-3) << type;
+    EXPECT_LT(difference(narrow.curvature().reshape({-1}), wide.t.second), 0.3) << type;
+  }
+}
+
+TEST(NarrowCurvature, AllInstructionSetsGiveTheSameBits) {
+  const cpu::CurvatureFactors<float> factors{0.25F, 1.2F, 0.9F, 7, 5};
+  const auto run = [&](const cpu::CurvatureKernels& k, NarrowFixture& wide, NarrowFixture& bf16,
+                       NarrowFixture& blocks) {
+    const auto* const g = wide.t.gradient.const_data_ptr<float>();
+    k.f32({g, wide.t.second.data_ptr<float>(), nullptr, 2048, 0}, factors);
+    k.bf16_moments({g, static_cast<uint16_t*>(bf16.t.second.data_ptr()), nullptr, 2048, 9},
+                   factors);
+    k.blocks(
+        {g, blocks.t.second.data_ptr<uint8_t>(), blocks.t.second_scale.data_ptr<float>(), 2048, 9},
+        factors, kCode);
+  };
+  NarrowFixture here[] = {{2048, at::kFloat}, {2048, at::kBFloat16}, {2048, at::kByte}};
+  NarrowFixture plain[] = {{2048, at::kFloat}, {2048, at::kBFloat16}, {2048, at::kByte}};
+  run(cpu::kernels().curvature, here[0], here[1], here[2]);
+  run(cpu::plain::kKernels.curvature, plain[0], plain[1], plain[2]);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(here[i].t.second.equal(plain[i].t.second)) << i;
+  EXPECT_TRUE(here[2].t.second_scale.equal(plain[2].t.second_scale));
 }
 
 TEST(Sophia, WithoutCurvature_IsRefused) {

@@ -33,10 +33,28 @@ TEST(OptimizerStates, AreOneTable) {
   EXPECT_EQ(list("lion", "auto", DType::kFp32), "exp_avg fp32 1; ");
   EXPECT_EQ(list("lion", "bf16", DType::kFp32), "exp_avg bf16 1; ");
   EXPECT_EQ(list("sophia", "auto", DType::kFp32), "exp_avg fp32 1; hessian fp32 1; ");
+  EXPECT_EQ(list("sophia", "bf16", DType::kFp32), "exp_avg bf16 1; hessian bf16 1; ");
+  EXPECT_EQ(list("lion", "int8", DType::kFp32, UpdateKind::kRowBlock),
+            "exp_avg uint8 1; exp_avg_scale fp32 256; ");
+  EXPECT_EQ(list("sophia", "int8", DType::kFp32, UpdateKind::kRowBlock),
+            "exp_avg uint8 1; exp_avg_scale fp32 256; hessian uint8 1; hessian_scale fp32 256; ");
   EXPECT_EQ(list("adamw", "int8", DType::kFp32), list("adamw", "auto", DType::kFp32));
   EXPECT_EQ(list("adamw", "int8", DType::kFp32, UpdateKind::kRowBlock),
             "exp_avg uint8 1; exp_avg_scale fp32 256; "
             "exp_avg_sq uint8 1; exp_avg_sq_scale fp32 256; ");
+}
+
+TEST(OptimizerStates, WhatIsRoundedByRandomBits) {
+  const auto rounds = [](const char* name, const char* moments) {
+    recipe::Optimizer optimizer;
+    optimizer.name = name;
+    optimizer.moments = moments;
+    return rounds_by_index(optimizer);
+  };
+  EXPECT_TRUE(rounds("adamw", "bf16"));
+  EXPECT_TRUE(rounds("sophia", "int8"));
+  EXPECT_FALSE(rounds("sophia", "auto"));
+  EXPECT_FALSE(rounds("lion", "int8"));
 }
 
 std::vector<std::string> in_blocks(const Plan& plan) {
@@ -106,6 +124,12 @@ TEST(OptimizerStates, MemoryFollowsTheTable) {
   // 44.1 % of the parameters at a quarter and 1/256 of their bytes.
   EXPECT_NEAR(static_cast<double>(optimizer_bytes({"optimizer.moments=int8"})) / two,
               1 - 0.441 * (1 - 0.25 - 1.0 / 256), 2e-2);
+  for (const char* moments :
+       {"optimizer.moments=auto", "optimizer.moments=bf16", "optimizer.moments=int8"}) {
+    const int64_t adamw = optimizer_bytes({moments});
+    EXPECT_EQ(optimizer_bytes({moments, "optimizer.name=sophia"}), adamw) << moments;
+    EXPECT_EQ(2 * optimizer_bytes({moments, "optimizer.name=lion"}), adamw) << moments;
+  }
 }
 
 TEST(OptimizerStates, CheckpointsFollowTheTable) {
