@@ -9,6 +9,7 @@
 namespace capstan::cuda {
 namespace {
 
+using ops::LtEpilogue;
 using ops::LtMatrix;
 using ops::LtPointers;
 using ops::LtProblem;
@@ -44,15 +45,43 @@ cublasLtMatrixLayout_t make_layout(const LtMatrix& m) {
   return layout;
 }
 
-// The heuristic reads the alignment of the bias from its address, which need not be memory.
-const void* bias_address(const LtProblem& problem, const LtPointers* pointers) {
-  return pointers ? pointers->bias : reinterpret_cast<const void*>(problem.alignment);
+// The heuristic reads the alignment of bias and aux from their addresses, which need not be memory.
+const void* some_address(const LtProblem& problem) {
+  return reinterpret_cast<const void*>(problem.alignment);
 }
 
 void set_bias(cublasLtMatmulDesc_t product, const LtProblem& problem, const LtPointers* pointers) {
-  set(product, CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<uint32_t>(CUBLASLT_EPILOGUE_BIAS));
+  const void* bias = some_address(problem);
+  if (pointers && problem.epilogue == LtEpilogue::kBiasGradient)
+    bias = pointers->bias_gradient;
+  else if (pointers)
+    bias = pointers->bias;
   set(product, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(theirs(problem.d.type)));
-  set(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias_address(problem, pointers));
+  set(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+}
+
+// Its type is D's where nothing else is said.
+void set_aux(cublasLtMatmulDesc_t product, const LtProblem& problem, const LtPointers* pointers) {
+  const void* const aux = pointers ? pointers->aux : some_address(problem);
+  set(product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+  set(product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, problem.d.leading);
+}
+
+cublasLtEpilogue_t theirs(LtEpilogue epilogue) {
+  constexpr cublasLtEpilogue_t kEpilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
+                                               CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                               CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_BGRADB};
+  return kEpilogues[static_cast<size_t>(epilogue)];
+}
+
+void set_epilogue(cublasLtMatmulDesc_t product, const LtProblem& problem,
+                  const LtPointers* pointers) {
+  const LtEpilogue e = problem.epilogue;
+  set(product, CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<uint32_t>(theirs(e)));
+  if (e != LtEpilogue::kNone && e != LtEpilogue::kGeluGradient)
+    set_bias(product, problem, pointers);
+  if (e == LtEpilogue::kGeluBias || e == LtEpilogue::kGeluGradient)
+    set_aux(product, problem, pointers);
 }
 
 void set_scales(cublasLtMatmulDesc_t product, LtScale scale, const LtPointers* pointers) {
@@ -96,7 +125,7 @@ void LtDescriptors::make(const LtProblem& problem, const LtPointers* pointers) {
            "cublasLtMatmulDescCreate");
   set(product, CUBLASLT_MATMUL_DESC_TRANSA, operation(problem.a_transposed));
   set(product, CUBLASLT_MATMUL_DESC_TRANSB, operation(problem.b_transposed));
-  if (problem.has_bias) set_bias(product, problem, pointers);
+  set_epilogue(product, problem, pointers);
   if (problem.scale != LtScale::kNone) set_scales(product, problem.scale, pointers);
   a = make_layout(problem.a);
   b = make_layout(problem.b);

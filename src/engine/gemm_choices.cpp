@@ -23,15 +23,16 @@ std::string time_text(const ops::LtProblem& problem, double us) {
 
 void log_choice(const ops::GemmChoice& c) {
   const std::string shape = ops::shape_text(c.problem);
+  const char* const rival = ops::is_fused(c.problem) ? "in parts" : "LibTorch";
   if (c.us == 0)
-    return log::info("engine", "product {}: LibTorch, cuBLASLt has no algorithm", shape);
+    return log::info("engine", "product {}: {}, cuBLASLt has no algorithm", shape, rival);
   const std::string lt = time_text(c.problem, c.us);
-  if (c.libtorch_us == 0) return log::info("engine", "product {}: cuBLASLt {}", shape, lt);
-  const std::string libtorch = time_text(c.problem, c.libtorch_us);
+  if (c.rival_us == 0) return log::info("engine", "product {}: cuBLASLt {}", shape, lt);
+  const std::string other = time_text(c.problem, c.rival_us);
   if (c.algorithm)
-    log::info("engine", "product {}: cuBLASLt {}, LibTorch {}", shape, lt, libtorch);
+    log::info("engine", "product {}: cuBLASLt {}, {} {}", shape, lt, rival, other);
   else
-    log::info("engine", "product {}: LibTorch {}, cuBLASLt {}", shape, libtorch, lt);
+    log::info("engine", "product {}: {} {}, cuBLASLt {}", shape, rival, other, lt);
 }
 
 // Empty where there is nothing to go by: broken and foreign files cost a measurement, no more.
@@ -130,8 +131,8 @@ std::vector<ops::GemmChoice> GemmChoices::measured(
     log_choice(choices.back());
     by_lt += choices.back().algorithm.has_value();
   }
-  log::info("engine", "{} products measured in {:.1f} s: {} by cuBLASLt, {} by LibTorch",
-            choices.size(), std::chrono::duration<double>(Clock::now() - start).count(), by_lt,
+  log::info("engine", "{} products measured in {:.1f} s: {} by cuBLASLt, {} not", choices.size(),
+            std::chrono::duration<double>(Clock::now() - start).count(), by_lt,
             static_cast<int64_t>(choices.size()) - by_lt);
   return choices;
 }

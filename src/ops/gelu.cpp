@@ -8,6 +8,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "capstan/base/check.h"
 #include "capstan/ops/path.h"
 #include "ops/on_device_internal.h"
 
@@ -58,26 +59,49 @@ kernels::ActivationArgs device_args(const Tensor& x, const Tensor& out, GeluForm
           .out = out.mutable_data_ptr()};
 }
 
-Tensor forward(const Tensor& x, GeluForm form, Path path) {
-  if (path == Path::kReference) return forward_reference(x, form);
-  if (path == Path::kFused) return at::gelu(x, aten_name(form));
-  const Tensor out = at::empty_like(x);
-  device_kernels()->activation_forward(device_args(x, out, form), on_device::stream());
-  return out;
+// x, grad and out contiguous.
+void forward(Tensor out, const Tensor& x, GeluForm form, Path path) {
+  if (path == Path::kReference)
+    out.copy_(forward_reference(x, form));
+  else if (path == Path::kFused)
+    at::gelu_out(out, x, aten_name(form));
+  else
+    device_kernels()->activation_forward(device_args(x, out, form), on_device::stream());
 }
 
-Tensor backward(const Tensor& x, const Tensor& grad_in, GeluForm form, Path path) {
-  if (path == Path::kReference) return backward_reference(x, grad_in, form);
-  const Tensor grad = grad_in.contiguous();
-  if (path == Path::kFused) return at::gelu_backward(grad, x, aten_name(form));
-  const Tensor out = at::empty_like(x);
-  kernels::ActivationArgs args = device_args(x, out, form);
-  args.grad = grad.const_data_ptr();
-  device_kernels()->activation_backward(args, on_device::stream());
-  return out;
+void backward(Tensor out, const Tensor& x, const Tensor& grad, GeluForm form, Path path) {
+  if (path == Path::kReference) {
+    out.copy_(backward_reference(x, grad, form));
+  } else if (path == Path::kFused) {
+    at::gelu_backward_out(out, grad, x, aten_name(form));
+  } else {
+    kernels::ActivationArgs args = device_args(x, out, form);
+    args.grad = grad.const_data_ptr();
+    device_kernels()->activation_backward(args, on_device::stream());
+  }
+}
+
+void check_alike(const Tensor& out, const Tensor& x) {
+  CAPSTAN_CHECK(
+      out.is_contiguous() && out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type(),
+      "gelu: {} numbers of {} into {} of {}", x.numel(), c10::toString(x.scalar_type()),
+      out.numel(), c10::toString(out.scalar_type()));
 }
 
 }  // namespace
+
+void gelu_into(const Tensor& out, const Tensor& x, GeluForm form) {
+  const at::NoGradGuard no_grad;
+  check_alike(out, x);
+  forward(out, x.contiguous(), form, path_of(x));
+}
+
+void gelu_gradient_into(const Tensor& out, const Tensor& x, const Tensor& grad, GeluForm form) {
+  const at::NoGradGuard no_grad;
+  check_alike(out, x);
+  check_alike(out, grad);
+  backward(out, x.contiguous(), grad.contiguous(), form, path_of(x));
+}
 
 Tensor gelu(const Tensor& x_in, GeluForm form) {
   const Path path = path_of(x_in);
@@ -85,12 +109,16 @@ Tensor gelu(const Tensor& x_in, GeluForm form) {
   {
     at::NoGradGuard no_grad;
     x = x_in.contiguous();
-    out = forward(x, form, path);
+    out = at::empty_like(x);
+    forward(out, x, form, path);
   }
   return record(
       out, {"gelu", {x_in}, {}, {x}, [form, path](const Tensors& saved, Tensors& grads) -> Tensors {
               at::NoGradGuard no_grad;
-              return {backward(saved[0], grads[0], form, path)};
+              const Tensor& x = saved[0];
+              Tensor dx = at::empty_like(x);
+              backward(dx, x, grads[0].contiguous(), form, path);
+              return {dx};
             }});
 }
 

@@ -28,6 +28,11 @@ std::weak_ptr<Gemm>& shared_gemm() {
   return gemm;
 }
 
+const char* stand_in_of(const LtProblem& problem) {
+  if (is_fused(problem)) return "the product alone and kernels behind it";
+  return has_libtorch_form(problem) ? "LibTorch's" : "a product in bf16 and an addition";
+}
+
 const float* scale_pointer(const Tensor& scale) {
   return scale.defined() ? scale.const_data_ptr<float>() : nullptr;
 }
@@ -50,11 +55,15 @@ void run_algorithm(LtApi& api, const LtProblem& problem, const LtAlgorithm& algo
       algorithm.workspace_bytes > 0
           ? at::empty({algorithm.workspace_bytes}, product.out_MN.options().dtype(at::kByte))
           : Tensor();
+  const Tensor& aux = product.sum_MN.defined() ? product.sum_MN : product.gelu_at_MN;
   const LtPointers pointers{
       .a = product.b_KN.const_data_ptr(),
       .b = product.a_MK.const_data_ptr(),
       .d = product.out_MN.mutable_data_ptr(),
       .bias = product.bias_N.defined() ? product.bias_N.const_data_ptr() : nullptr,
+      .aux = aux.defined() ? aux.mutable_data_ptr() : nullptr,
+      .bias_gradient =
+          product.row_sums_M.defined() ? product.row_sums_M.mutable_data_ptr() : nullptr,
       .a_scale = scale_pointer(product.b_scale),
       .b_scale = scale_pointer(product.a_scale),
       .workspace = workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
@@ -98,11 +107,19 @@ std::optional<LtAlgorithm> Gemm::algorithm_of(const LtProblem& problem) {
   const std::scoped_lock lock(mutex_);
   if (const auto made = choices_.find(problem); made != choices_.end())
     return made->second.algorithm;
-  if (unmeasured_.size() < kMostUnmeasured && unmeasured_.insert(problem).second && is_closed_)
+  note(problem);
+  // Should its rival be faster.
+  if (is_fused(problem)) note(plain_of(problem));
+  const bool has_rival = is_fused(problem) || has_libtorch_form(problem);
+  if (library_ == GemmLibrary::kAuto && has_rival) return std::nullopt;
+  return first_algorithm(problem);
+}
+
+void Gemm::note(const LtProblem& problem) {
+  if (unmeasured_.size() >= kMostUnmeasured || choices_.contains(problem)) return;
+  if (unmeasured_.insert(problem).second && is_closed_)
     log::info("ops", "a product of {} after the choices were made: not measured",
               shape_text(problem));
-  if (library_ == GemmLibrary::kAuto && has_libtorch_form(problem)) return std::nullopt;
-  return first_algorithm(problem);
 }
 
 std::optional<LtAlgorithm> Gemm::first_algorithm(const LtProblem& problem) {
@@ -111,8 +128,7 @@ std::optional<LtAlgorithm> Gemm::first_algorithm(const LtProblem& problem) {
   const std::optional<LtAlgorithm> first = list.empty() ? std::nullopt : std::optional(list[0]);
   if (!first)
     log::warning("ops", "cuBLASLt has no algorithm for a product of {}: it takes {}",
-                 shape_text(problem),
-                 has_libtorch_form(problem) ? "LibTorch's" : "a product in bf16 and an addition");
+                 shape_text(problem), stand_in_of(problem));
   if (firsts_.size() < kMostUnmeasured) firsts_[problem] = first;
   return first;
 }
@@ -123,15 +139,15 @@ std::vector<LtProblem> Gemm::unmeasured() const {
 }
 
 GemmChoice Gemm::measure(const LtProblem& problem) const {
-  const bool has_rival = library_ == GemmLibrary::kAuto && has_libtorch_form(problem);
-  return fastest(*api_, problem, has_rival);
+  return fastest(*api_, problem, library_ == GemmLibrary::kAuto);
 }
 
 // Made with the rivals that the library has here.
 bool Gemm::answers(const GemmChoice& choice) const {
   if (choice.algorithm && !api_->is_valid(choice.problem, *choice.algorithm)) return false;
-  if (library_ == GemmLibrary::kCublaslt) return choice.algorithm || choice.us == 0;
-  return choice.us == 0 || choice.libtorch_us > 0 || !has_libtorch_form(choice.problem);
+  if (choice.us == 0 || is_fused(choice.problem)) return true;
+  if (library_ == GemmLibrary::kCublaslt) return choice.algorithm.has_value();
+  return choice.rival_us > 0 || !has_libtorch_form(choice.problem);
 }
 
 int64_t Gemm::adopt(const std::vector<GemmChoice>& choices) {

@@ -11,8 +11,9 @@ inline constexpr int64_t kLtWorkspaceBytes = int64_t{32} << 20;
 void run_algorithm(LtApi& api, const LtProblem& problem, const LtAlgorithm& algorithm,
                    const Product& product);
 
-// Of the library's candidates and, with has_rival, LibTorch; see Gemm::measure.
-[[nodiscard]] GemmChoice fastest(LtApi& api, const LtProblem& problem, bool has_rival);
+// Of the library's candidates and their rival, see Gemm::measure; may_be_libtorch: where LibTorch
+// may multiply.
+[[nodiscard]] GemmChoice fastest(LtApi& api, const LtProblem& problem, bool may_be_libtorch);
 // A product of the problem on scratch memory, with numbers between -1 and 1.
 [[nodiscard]] Product scratch_product(const LtProblem& problem);
 

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Which algorithm is fastest: candidates take turns, and the best round of each counts, so that a
-// clock that changes meanwhile does not decide.
+// Which algorithm is fastest: candidates and their rival take turns, and the best round of each
+// counts, so that a clock that changes meanwhile does not decide.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
@@ -47,6 +47,19 @@ Tensor scratch_scale(LtScale scale, int64_t rows) {
   return scale == LtScale::kRow ? at::ones({rows, 1}, real) : at::ones({1}, real);
 }
 
+Tensor scratch_vector(LtType type, int64_t count, int64_t alignment) {
+  return scratch_matrix({type, count, 1, count}, alignment).view({-1});
+}
+
+// Instead of a fused product; `alone` is the choice for the product alone.
+void run_in_parts(LtApi& api, const GemmChoice& alone, const Product& product) {
+  if (alone.algorithm)
+    run_algorithm(api, alone.problem, *alone.algorithm, plain_of(product));
+  else
+    multiply_by_libtorch(plain_of(product));
+  finish(product);
+}
+
 }  // namespace
 
 Product scratch_product(const LtProblem& p) {
@@ -56,21 +69,32 @@ Product scratch_product(const LtProblem& p) {
                   .accumulates = p.accumulates};
   product.a_scale = scratch_scale(p.scale, p.d.columns);
   product.b_scale = scratch_scale(p.scale, p.d.rows);
-  if (p.has_bias)
-    product.bias_N = scratch_matrix({p.d.type, p.d.rows, 1, p.d.rows}, p.alignment).view({-1});
+  if (p.epilogue == LtEpilogue::kBias || p.epilogue == LtEpilogue::kGeluBias)
+    product.bias_N = scratch_vector(p.d.type, p.d.rows, p.alignment);
+  if (p.epilogue == LtEpilogue::kGeluBias) product.sum_MN = scratch_matrix(p.d, p.alignment);
+  if (p.epilogue == LtEpilogue::kGeluGradient)
+    product.gelu_at_MN = scratch_matrix(p.d, p.alignment);
+  if (p.epilogue == LtEpilogue::kBiasGradient)
+    product.row_sums_M = scratch_vector(p.d.type, p.d.columns, p.alignment);
   return product;
 }
 
-GemmChoice fastest(LtApi& api, const LtProblem& problem, bool has_rival) {
+GemmChoice fastest(LtApi& api, const LtProblem& problem, bool may_be_libtorch) {
   const at::NoGradGuard no_grad;
   const std::vector<LtAlgorithm> list = api.algorithms(problem, kCandidates, kLtWorkspaceBytes);
   GemmChoice choice{.problem = problem, .algorithm = std::nullopt};
   if (list.empty()) return choice;
+  std::optional<GemmChoice> alone;
+  if (is_fused(problem)) alone = fastest(api, plain_of(problem), may_be_libtorch);
+  const bool has_rival = alone || (may_be_libtorch && has_libtorch_form(problem));
   const Product product = scratch_product(problem);
+  const auto rival = [&] {
+    alone ? run_in_parts(api, *alone, product) : multiply_by_libtorch(product);
+  };
   const device::Stream stream = device::accelerator()->current_stream();
   constexpr double kNever = std::numeric_limits<double>::infinity();
   std::vector<double> us(list.size(), kNever);
-  double libtorch_us = kNever;
+  double rival_us = kNever;
   // The first round loads kernels.
   for (int round = 0; round <= kRounds; ++round) {
     for (size_t i = 0; i < list.size(); ++i) {
@@ -79,13 +103,13 @@ GemmChoice fastest(LtApi& api, const LtProblem& problem, bool has_rival) {
       if (round > 0) us[i] = std::min(us[i], taken / kRepeats);
     }
     if (!has_rival) continue;
-    const double taken = api.time_us(stream, kRepeats, [&] { multiply_by_libtorch(product); });
-    if (round > 0) libtorch_us = std::min(libtorch_us, taken / kRepeats);
+    const double taken = api.time_us(stream, kRepeats, rival);
+    if (round > 0) rival_us = std::min(rival_us, taken / kRepeats);
   }
   const auto best = static_cast<size_t>(std::min_element(us.begin(), us.end()) - us.begin());
   choice.us = us[best];
-  if (has_rival) choice.libtorch_us = libtorch_us;
-  if (!has_rival || us[best] < libtorch_us) choice.algorithm = list[best];
+  if (has_rival) choice.rival_us = rival_us;
+  if (!has_rival || us[best] < rival_us) choice.algorithm = list[best];
   return choice;
 }
 

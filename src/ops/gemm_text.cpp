@@ -13,15 +13,15 @@
 namespace capstan::ops {
 namespace {
 
-constexpr const char* kFormat = "capstan products 1";
+constexpr const char* kFormat = "capstan products 2";
 
 std::string text_of(const LtMatrix& m) {
   return fmt::format("{} {} {} {}", static_cast<int>(m.type), m.rows, m.columns, m.leading);
 }
 
 std::string text_of(const LtProblem& p) {
-  return fmt::format("{} {} {} {:d} {:d} {:d} {:d} {} {}", text_of(p.a), text_of(p.b), text_of(p.d),
-                     p.a_transposed, p.b_transposed, p.accumulates, p.has_bias,
+  return fmt::format("{} {} {} {:d} {:d} {:d} {} {} {}", text_of(p.a), text_of(p.b), text_of(p.d),
+                     p.a_transposed, p.b_transposed, p.accumulates, static_cast<int>(p.epilogue),
                      static_cast<int>(p.scale), p.alignment);
 }
 
@@ -48,13 +48,14 @@ bool read(std::istream& in, LtMatrix& m) {
 
 bool read(std::istream& in, LtProblem& p) {
   return read(in, p.a) && read(in, p.b) && read(in, p.d) &&
-         (in >> p.a_transposed >> p.b_transposed >> p.accumulates >> p.has_bias) &&
-         read(in, p.scale, LtScale::kRow) && static_cast<bool>(in >> p.alignment);
+         (in >> p.a_transposed >> p.b_transposed >> p.accumulates) &&
+         read(in, p.epilogue, LtEpilogue::kBiasGradient) && read(in, p.scale, LtScale::kRow) &&
+         static_cast<bool>(in >> p.alignment);
 }
 
 bool read(std::istream& in, GemmChoice& choice) {
   bool has_algorithm = false;
-  if (!read(in, choice.problem) || !(in >> choice.us >> choice.libtorch_us >> has_algorithm))
+  if (!read(in, choice.problem) || !(in >> choice.us >> choice.rival_us >> has_algorithm))
     return false;
   if (!has_algorithm) return true;
   LtAlgorithm algorithm;
@@ -69,7 +70,7 @@ bool read(std::istream& in, GemmChoice& choice) {
 std::string text_of(const std::vector<GemmChoice>& choices, const std::string& identity) {
   std::string text = fmt::format("{}\n{}\n", kFormat, identity);
   for (const GemmChoice& c : choices) {
-    text += fmt::format("{} {:.3f} {:.3f} {:d}", text_of(c.problem), c.us, c.libtorch_us,
+    text += fmt::format("{} {:.3f} {:.3f} {:d}", text_of(c.problem), c.us, c.rival_us,
                         c.algorithm.has_value());
     if (c.algorithm)
       text +=

@@ -30,8 +30,8 @@ void report(const ops::Gemm& gemm, const char* name, const ops::Product& product
   const ops::GemmChoice choice = gemm.measure(ops::lt_problem_of(product).value());
   const double flops = ops::flops_of(choice.problem) * 1e-6;
   fmt::print("{:28} {:52} {:9.1f} {:8.0f} {:9.1f} {:8.0f} {:7.2f}\n", name,
-             ops::shape_text(choice.problem), choice.libtorch_us, flops / choice.libtorch_us,
-             choice.us, flops / choice.us, choice.libtorch_us / choice.us);
+             ops::shape_text(choice.problem), choice.rival_us, flops / choice.rival_us, choice.us,
+             flops / choice.us, choice.rival_us / choice.us);
 }
 
 // y = x W^T, dx = dy W, dW += dy^T x.

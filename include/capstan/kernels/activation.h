@@ -21,7 +21,7 @@ struct ActivationArgs {
   int64_t rows = 0, features = 0;
   const void* x = nullptr;
   const void* grad = nullptr;  // T [N, F]; backward only
-  void* out = nullptr;         // forward T [N, F]; backward like x, may be x
+  void* out = nullptr;         // forward T [N, F]; backward like x, may be x or, not gated, grad
 };
 void activation_forward(const ActivationArgs& args, Stream stream);
 void activation_backward(const ActivationArgs& args, Stream stream);

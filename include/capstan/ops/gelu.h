@@ -13,4 +13,8 @@ enum class GeluForm { kTanh, kErf };
 // x of any shape and float dtype -> the same shape and dtype. x stays as it is.
 [[nodiscard]] Tensor gelu(const Tensor& x, GeluForm form);
 
+// Without autograd: out = gelu(x), and out = grad gelu'(x), which may be grad. All alike.
+void gelu_into(const Tensor& out, const Tensor& x, GeluForm form);
+void gelu_gradient_into(const Tensor& out, const Tensor& x, const Tensor& grad, GeluForm form);
+
 }  // namespace capstan::ops

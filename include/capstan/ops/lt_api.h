@@ -21,6 +21,15 @@ enum class LtType { kFp32, kBf16, kFp16, kE4m3, kE5m2 };
 // one per row of op(A) and per column of op(B).
 enum class LtScale { kNone, kTensor, kRow };
 
+// What is done to the sum before it is rounded, or beside it. GELU is its approximation by tanh.
+enum class LtEpilogue {
+  kNone,
+  kBias,          // + bias
+  kGeluBias,      // gelu(sum + bias); aux receives the sum + bias
+  kGeluGradient,  // sum * gelu'(aux)
+  kBiasGradient,  // bias_gradient receives the sum of op(B) over the depth
+};
+
 // As it lies in memory: element (r, c) at r + c * leading.
 struct LtMatrix {
   LtType type = LtType::kFp32;
@@ -28,15 +37,17 @@ struct LtMatrix {
   auto operator<=>(const LtMatrix&) const = default;  // NOLINT: no null here
 };
 
-// D = op(A) op(B) (+ D) (+ bias), summed in fp32 and rounded once. Everything that decides which
-// algorithms there are; what lies at the pointers does not.
+// D = op(A) op(B) (+ D), epilogue, summed in fp32 and rounded once. Everything that decides which
+// algorithms there are; what lies at the pointers does not. A bias is one number per row of D,
+// added to each column; its gradient one per column. Both have the type of D, and aux is as D is,
+// with a leading dimension that is a multiple of 8.
 struct LtProblem {
   LtMatrix a, b, d;
   bool a_transposed = false, b_transposed = false;
   bool accumulates = false;  // beta 1 instead of 0
-  bool has_bias = false;     // one number per row of D, added to each column; of the type of D
+  LtEpilogue epilogue = LtEpilogue::kNone;
   LtScale scale = LtScale::kNone;
-  int64_t alignment = 16;  // bytes: every matrix and the bias begin at a multiple, 2 to 16
+  int64_t alignment = 16;  // bytes: all that is read or written begins at a multiple, 2 to 16
   auto operator<=>(const LtProblem&) const = default;  // NOLINT: no null here
 
   [[nodiscard]] int64_t depth() const { return a_transposed ? a.rows : a.columns; }
@@ -47,6 +58,8 @@ struct LtPointers {
   const void *a = nullptr, *b = nullptr;
   void* d = nullptr;
   const void* bias = nullptr;
+  void* aux = nullptr;  // written by kGeluBias, read by kGeluGradient
+  void* bias_gradient = nullptr;
   const float *a_scale = nullptr, *b_scale = nullptr;
   void* workspace = nullptr;  // of the algorithm's size, at a multiple of 256 bytes
 };

@@ -4,6 +4,9 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
+#include <numbers>
+
 #include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/memory.h"
@@ -14,13 +17,14 @@ namespace {
 
 using at::Tensor;
 using ops::LtAlgorithm;
+using ops::LtEpilogue;
 using ops::LtMatrix;
 using ops::LtPointers;
 using ops::LtProblem;
 using ops::LtScale;
 using ops::LtType;
 
-constexpr int64_t kWorkspaceStep = 512, kWorkspaceAlignment = 256, kSide = 16;
+constexpr int64_t kWorkspaceStep = 512, kWorkspaceAlignment = 256, kSide = 16, kAuxStep = 8;
 thread_local double* timed_product_us = nullptr;
 
 at::ScalarType scalar_type(LtType type) {
@@ -58,7 +62,26 @@ void check_types(const LtProblem& p) {
   TORCH_CHECK(p.a_transposed && !p.b_transposed, "cublasLtMatmul: fp8 is TN only");
   for (const int64_t side : {p.d.rows, p.d.columns, p.depth(), p.a.leading, p.b.leading})
     TORCH_CHECK(side % kSide == 0, "cublasLtMatmul: a side of ", side, " in fp8");
-  TORCH_CHECK(p.alignment == kSide && !p.has_bias, "cublasLtMatmul: fp8 alignment or bias");
+  TORCH_CHECK(p.alignment == kSide, "cublasLtMatmul: fp8 alignment");
+}
+
+bool has_bias(const LtProblem& p) {
+  return p.epilogue == LtEpilogue::kBias || p.epilogue == LtEpilogue::kGeluBias;
+}
+bool has_aux(const LtProblem& p) {
+  return p.epilogue == LtEpilogue::kGeluBias || p.epilogue == LtEpilogue::kGeluGradient;
+}
+
+// Documented: aux of D's type with a leading dimension of a multiple of 8, bias gradients of D's
+// type. In fp8 a bias on bf16 alone.
+void check_epilogue(const LtProblem& p) {
+  if (p.epilogue == LtEpilogue::kNone) return;
+  if (p.scale != LtScale::kNone)
+    TORCH_CHECK(p.epilogue == LtEpilogue::kBias && p.d.type == LtType::kBf16,
+                "cublasLtMatmul: no fp8 kernels with this epilogue");
+  if (!has_aux(p)) return;
+  TORCH_CHECK(p.d.type != LtType::kFp32 && p.d.leading % kAuxStep == 0 && p.alignment == kSide,
+              "cublasLtMatmul: aux of leading ", p.d.leading, ", alignment ", p.alignment);
 }
 
 void check_problem(const LtProblem& p) {
@@ -66,7 +89,9 @@ void check_problem(const LtProblem& p) {
   check_types(p);
   TORCH_CHECK(p.alignment == 2 || p.alignment == 4 || p.alignment == 8 || p.alignment == 16,
               "cublasLtMatmul: alignment ", p.alignment);
-  TORCH_CHECK(!p.accumulates || !p.has_bias, "a bias would be added each time");
+  check_epilogue(p);
+  TORCH_CHECK(!p.accumulates || !(has_bias(p) || has_aux(p)),
+              "an epilogue of the product would be one of D as well");
 }
 
 uint64_t hash_of(const LtProblem& p) {
@@ -74,7 +99,8 @@ uint64_t hash_of(const LtProblem& p) {
   const auto add = [&](int64_t n) { hash = hash * 1000003 + static_cast<uint64_t>(n); };
   for (const LtMatrix& m : {p.a, p.b, p.d})
     for (const int64_t n : {static_cast<int64_t>(m.type), m.rows, m.columns, m.leading}) add(n);
-  for (const bool flag : {p.a_transposed, p.b_transposed, p.accumulates, p.has_bias}) add(flag);
+  for (const bool flag : {p.a_transposed, p.b_transposed, p.accumulates}) add(flag);
+  add(static_cast<int64_t>(p.epilogue));
   add(static_cast<int64_t>(p.scale));
   add(p.alignment);
   return hash;
@@ -90,8 +116,13 @@ void check_pointers(const LtProblem& p, const LtPointers& at, const LtAlgorithm&
   check_address(at.a, p.alignment, "A");
   check_address(at.b, p.alignment, "B");
   check_address(at.d, p.alignment, "D");
-  TORCH_CHECK(p.has_bias == (at.bias != nullptr), "cublasLtMatmul: bias and epilogue");
-  if (at.bias) check_address(at.bias, p.alignment, "bias");
+  const bool sums = p.epilogue == LtEpilogue::kBiasGradient;
+  TORCH_CHECK(has_bias(p) == (at.bias != nullptr) && has_aux(p) == (at.aux != nullptr) &&
+                  sums == (at.bias_gradient != nullptr),
+              "cublasLtMatmul: pointers of another epilogue");
+  for (const void* pointer :
+       {at.bias, static_cast<const void*>(at.aux), static_cast<const void*>(at.bias_gradient)})
+    if (pointer) check_address(pointer, p.alignment, "a bias or aux");
   const bool has_scales = p.scale != LtScale::kNone;
   TORCH_CHECK((at.a_scale != nullptr) == has_scales && (at.b_scale != nullptr) == has_scales,
               "cublasLtMatmul: scales of fp8");
@@ -99,6 +130,8 @@ void check_pointers(const LtProblem& p, const LtPointers& at, const LtAlgorithm&
   if (has_scales) check_address(at.b_scale, size_of(LtType::kFp32), "scale of B");
   if (algorithm.workspace_bytes > 0) check_address(at.workspace, kWorkspaceAlignment, "workspace");
 }
+
+LtMatrix vector(const LtProblem& p, int64_t count) { return {p.d.type, count, 1, count}; }
 
 void note(const void* pointer, const LtMatrix& m, bool is_write, const fake::Access& now) {
   const int64_t size = size_of(m.type);
@@ -137,6 +170,16 @@ Tensor summed(const Tensor& a, const Tensor& b, int parts) {
   return sum;
 }
 
+// What the epilogue makes of the sum.
+Tensor behind(const LtProblem& p, const LtPointers& at, const Tensor& sum) {
+  const double root = std::sqrt(2 / std::numbers::pi), cube = 0.044715;
+  const auto inner = [&](const Tensor& x) { return root * (x + cube * x.pow(3)); };
+  if (p.epilogue == LtEpilogue::kGeluBias) return 0.5 * sum * (1 + at::tanh(inner(sum)));
+  if (p.epilogue != LtEpilogue::kGeluGradient) return sum;
+  const Tensor x = matrix(at.aux, p.d).to(at::kFloat), t = at::tanh(inner(x));
+  return sum * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * cube * x * x));
+}
+
 void compute(const LtProblem& p, const LtPointers& at, int parts) {
   Tensor sum = summed(factor(at.a, p.a, p.a_transposed), factor(at.b, p.b, p.b_transposed), parts);
   if (p.scale != LtScale::kNone) {
@@ -145,8 +188,12 @@ void compute(const LtProblem& p, const LtPointers& at, int parts) {
   }
   Tensor out = matrix(at.d, p.d);
   if (p.accumulates) sum.add_(out);
-  if (p.has_bias) sum.add_(matrix(at.bias, {p.d.type, p.d.rows, 1, p.d.rows}));
-  out.copy_(sum);
+  if (has_bias(p)) sum.add_(matrix(at.bias, vector(p, p.d.rows)));
+  if (p.epilogue == LtEpilogue::kGeluBias) matrix(at.aux, p.d).copy_(sum);
+  out.copy_(behind(p, at, sum));
+  if (p.epilogue == LtEpilogue::kBiasGradient)
+    matrix(at.bias_gradient, vector(p, p.d.columns))
+        .copy_(factor(at.b, p.b, p.b_transposed).sum(0).unsqueeze(1));
 }
 
 }  // namespace
@@ -185,6 +232,10 @@ void FakeLt::multiply(const LtProblem& problem, const LtPointers& pointers,
     note(pointers.a, problem.a, false, now);
     note(pointers.b, problem.b, false, now);
     note(pointers.d, problem.d, true, now);
+    if (pointers.aux) note(pointers.aux, problem.d, problem.epilogue == LtEpilogue::kGeluBias, now);
+    if (pointers.bias) note(pointers.bias, vector(problem, problem.d.rows), false, now);
+    if (pointers.bias_gradient)
+      note(pointers.bias_gradient, vector(problem, problem.d.columns), true, now);
     compute(problem, pointers, index + 1);
   };
   record_for_graph(run);

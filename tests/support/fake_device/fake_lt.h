@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // cuBLASLt on the fake device: refuses what the library refuses or would compute wrongly with
-// (shapes, leading dimensions, types, layouts of fp8, alignment, scales, workspace, an algorithm of
-// another problem), computes from the definition, and tells times that a test chose.
+// (shapes, leading dimensions, types, layouts of fp8, epilogues, alignment, scales, workspace, an
+// algorithm of another problem), computes from the definition, and tells times that a test chose.
 #pragma once
 #include <atomic>
 #include <functional>
 
-#include "capstan/ops/lt_api.h"
+#include "capstan/ops/gemm.h"
 
 namespace capstan::test {
 
@@ -15,9 +15,11 @@ struct FakeLtOptions {
   std::string identity = "fake device, cuBLASLt 0";
   int algorithms = 3;  // of a problem; they sum in different orders
   std::function<bool(const ops::LtProblem&)> has_algorithms = {};  // none: all
-  // What time_us tells.
-  std::function<double(const ops::LtProblem&, int algorithm)> us = [](const auto&, int algorithm) {
-    return 10.0 - algorithm;
+  // What time_us tells of algorithms: a fused one is faster than the product alone. Kernels behind
+  // a product take no time.
+  std::function<double(const ops::LtProblem&, int algorithm)> us = [](const auto& problem,
+                                                                      int algorithm) {
+    return 10.0 - algorithm - (ops::is_fused(problem) ? 0.5 : 0.0);
   };
   double libtorch_us = 9;
 };

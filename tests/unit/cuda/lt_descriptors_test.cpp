@@ -10,6 +10,7 @@
 namespace capstan::cuda {
 namespace {
 
+using ops::LtEpilogue;
 using ops::LtPointers;
 using ops::LtProblem;
 using ops::LtScale;
@@ -60,7 +61,7 @@ TEST(LtDescriptors, AProjectionWithBias) {
                           .b = {LtType::kBf16, 7, 5, 16},
                           .d = {LtType::kBf16, 3, 5, 4},
                           .a_transposed = true,
-                          .has_bias = true,
+                          .epilogue = LtEpilogue::kBias,
                           .alignment = 8};
   const LtDescriptors asked(problem);
   expect_layout(asked.a, CUDA_R_16BF, 7, 3, 8);
@@ -76,6 +77,47 @@ TEST(LtDescriptors, AProjectionWithBias) {
   const LtPointers pointers{.bias = address(4096)};
   const LtDescriptors run(problem, &pointers);
   EXPECT_EQ(get<const void*>(run.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER), address(4096));
+}
+
+// The bias gradient of fp32 weights beside their product, GELU of a sum, its derivative.
+TEST(LtDescriptors, Epilogues) {
+  struct Case {
+    LtEpilogue epilogue;
+    LtType type;
+    uint32_t theirs;
+    const void *bias, *aux;
+  };
+  const LtPointers pointers{.bias = address(4096),
+                            .aux = reinterpret_cast<void*>(8192),
+                            .bias_gradient = reinterpret_cast<void*>(16384)};
+  const void* const none = nullptr;
+  for (const Case& c :
+       {Case{LtEpilogue::kGeluBias, LtType::kBf16, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, address(4096),
+             address(8192)},
+        {LtEpilogue::kGeluGradient, LtType::kFp16, CUBLASLT_EPILOGUE_DGELU, none, address(8192)},
+        {LtEpilogue::kBiasGradient, LtType::kFp32, CUBLASLT_EPILOGUE_BGRADB, address(16384),
+         none}}) {
+    const LtProblem problem{.a = {LtType::kBf16, 16, 8, 16},
+                            .b = {LtType::kBf16, 16, 5, 16},
+                            .d = {c.type, 8, 5, 24},
+                            .a_transposed = true,
+                            .epilogue = c.epilogue};
+    const LtDescriptors asked(problem), run(problem, &pointers);
+    const auto pointer = [](const LtDescriptors& d, auto attribute) {
+      return get<const void*>(d.product, attribute);
+    };
+    EXPECT_EQ(get<uint32_t>(run.product, CUBLASLT_MATMUL_DESC_EPILOGUE), c.theirs);
+    EXPECT_EQ(pointer(run, CUBLASLT_MATMUL_DESC_BIAS_POINTER), c.bias);
+    EXPECT_EQ(pointer(run, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER), c.aux);
+    EXPECT_EQ(pointer(asked, CUBLASLT_MATMUL_DESC_BIAS_POINTER), c.bias ? address(16) : none);
+    EXPECT_EQ(pointer(asked, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER),
+              c.aux ? address(16) : none);
+    EXPECT_EQ(get<int64_t>(run.product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD), c.aux ? 24 : 0);
+    if (c.bias) {
+      EXPECT_EQ(get<int32_t>(run.product, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE),
+                c.type == LtType::kFp32 ? CUDA_R_32F : CUDA_R_16BF);
+    }
+  }
 }
 
 TEST(LtDescriptors, Fp8WithScales) {

@@ -55,7 +55,7 @@ TEST(GemmChoice, AutoComparesWithLibTorch) {
     EXPECT_FALSE(gemm.multiply(p)) << "before it was measured";
     ASSERT_EQ(gemm.unmeasured().size(), 1U);
     const GemmChoice choice = gemm.measure(gemm.unmeasured().front());
-    EXPECT_DOUBLE_EQ(choice.libtorch_us, libtorch_us);
+    EXPECT_DOUBLE_EQ(choice.rival_us, libtorch_us);
     EXPECT_EQ(gemm.adopt({choice}), 1);
     EXPECT_TRUE(gemm.unmeasured().empty());
     EXPECT_EQ(gemm.multiply(p), is_lt);
@@ -83,6 +83,57 @@ TEST(GemmChoice, WhatTheLibraryHasNotIsLibTorchs) {
   EXPECT_FALSE(choice.algorithm);
   EXPECT_EQ(gemm.adopt({choice}), 1);
   EXPECT_FALSE(gemm.multiply(some_product(8)));
+}
+
+Product some_activated() {
+  Product p = some_product();
+  p.bias_N = on_device(at::ones({16}, at::kBFloat16));
+  p.sum_MN = on_device(at::zeros({16, 16}, at::kBFloat16));
+  return p;
+}
+
+// A fused product's rival is the faster of cuBLASLt and, in auto, LibTorch for the product alone.
+TEST(GemmChoice, AFusedProductIsComparedWithItsParts) {
+  struct Case {
+    GemmLibrary library;
+    double fused_us, alone_us, libtorch_us, rival_us;
+  };
+  for (const Case& c : {Case{GemmLibrary::kAuto, 5, 7, 6, 6},
+                        {GemmLibrary::kAuto, 5, 4, 6, 4},
+                        {GemmLibrary::kAuto, 5, 7, 3, 3},
+                        {GemmLibrary::kCublaslt, 5, 7, 3, 7},
+                        {GemmLibrary::kCublaslt, 5, 4, 3, 4}}) {
+    const auto api = std::make_shared<FakeLt>(FakeLtOptions{
+        .us = [c](const LtProblem& p, int) { return is_fused(p) ? c.fused_us : c.alone_us; },
+        .libtorch_us = c.libtorch_us});
+    Gemm gemm(api, c.library);
+    const Product p = some_activated();
+    EXPECT_EQ(gemm.multiply(p), c.library == GemmLibrary::kCublaslt) << "before it was measured";
+    EXPECT_EQ(gemm.unmeasured().size(), 2U) << "the product alone as well";
+    const GemmChoice choice = gemm.measure(problem_of(p));
+    EXPECT_DOUBLE_EQ(choice.us, c.fused_us);
+    EXPECT_DOUBLE_EQ(choice.rival_us, c.rival_us);
+    EXPECT_EQ(choice.algorithm.has_value(), c.fused_us < c.rival_us);
+    EXPECT_EQ(gemm.adopt({choice}), 1);
+    EXPECT_EQ(gemm.multiply(p), c.fused_us < c.rival_us);
+    EXPECT_EQ(gemm.unmeasured().size(), 1U);
+  }
+}
+
+TEST(GemmChoice, AnEpilogueThatTheLibraryHasNotIsDoneInParts) {
+  const auto api = std::make_shared<FakeLt>(
+      FakeLtOptions{.has_algorithms = [](const LtProblem& p) { return !is_fused(p); }});
+  ops::install_lt_api(api);
+  const auto gemm = Gemm::share(GemmLibrary::kCublaslt);
+  const Product p = some_activated();
+  multiply(p);
+  EXPECT_EQ(api->products(), 1) << "the product alone";
+  EXPECT_TRUE(p.sum_MN.cpu().eq(9).all().item<bool>());
+  EXPECT_TRUE(p.out_MN.cpu().eq(9).all().item<bool>());
+  const GemmChoice choice = gemm->measure(problem_of(p));
+  EXPECT_TRUE(!choice.algorithm && choice.us == 0);
+  EXPECT_EQ(gemm->adopt({choice}), 1);
+  ops::install_lt_api(std::make_shared<FakeLt>());
 }
 
 // A file of another version, or another problem's line.
@@ -167,7 +218,56 @@ TEST(FakeLt, RefusesWhatCublasltRefuses) {
   EXPECT_TRUE(refuses(changed([](LtProblem& p) { p.a.type = LtType::kFp32; })));
   EXPECT_TRUE(refuses(changed([](LtProblem& p) { p.scale = LtScale::kTensor; })));
   EXPECT_TRUE(refuses(changed([](LtProblem& p) { p.alignment = 3; })));
-  EXPECT_TRUE(refuses(changed([](LtProblem& p) { p.accumulates = p.has_bias = true; })));
+  EXPECT_TRUE(
+      refuses(changed([](LtProblem& p) { p.accumulates = true, p.epilogue = LtEpilogue::kBias; })));
+  const auto with = [&](LtEpilogue epilogue, const auto& change) {
+    return changed([&](LtProblem& p) {
+      p.epilogue = epilogue;
+      change(p);
+    });
+  };
+  for (const LtEpilogue e : {LtEpilogue::kGeluBias, LtEpilogue::kGeluGradient}) {
+    EXPECT_FALSE(refuses(with(e, [](LtProblem&) {})));
+    EXPECT_TRUE(refuses(with(e, [](LtProblem& p) { p.d.leading = 20; })));
+    EXPECT_TRUE(refuses(with(e, [](LtProblem& p) { p.alignment = 8; })));
+    EXPECT_TRUE(refuses(with(e, [](LtProblem& p) { p.d.type = LtType::kFp32; })));
+    EXPECT_TRUE(refuses(with(e, [](LtProblem& p) { p.accumulates = true; })));
+  }
+  EXPECT_FALSE(
+      refuses(with(LtEpilogue::kBiasGradient, [](LtProblem& p) { p.accumulates = true; })));
+}
+
+TEST(FakeLt, RefusesPointersOfAnotherEpilogue) {
+  FakeLt api;
+  const Product p = some_activated();
+  const LtProblem problem = problem_of(p);
+  const LtAlgorithm algorithm = api.algorithms(problem, 1, 0).front();
+  const LtPointers good{.a = p.b_KN.const_data_ptr(),
+                        .b = p.a_MK.const_data_ptr(),
+                        .d = p.out_MN.mutable_data_ptr(),
+                        .bias = p.bias_N.const_data_ptr(),
+                        .aux = p.sum_MN.mutable_data_ptr()};
+  const auto refuses = [&](LtPointers pointers) {
+    try {
+      api.multiply(problem, pointers, algorithm, device::accelerator()->current_stream());
+    } catch (const c10::Error&) {
+      return true;
+    }
+    return false;
+  };
+  EXPECT_FALSE(refuses(good));
+  LtPointers wrong = good;
+  wrong.aux = nullptr;
+  EXPECT_TRUE(refuses(wrong));
+  wrong = good;
+  wrong.bias = nullptr;
+  EXPECT_TRUE(refuses(wrong));
+  wrong = good;
+  wrong.bias_gradient = good.aux;
+  EXPECT_TRUE(refuses(wrong));
+  wrong = good;
+  wrong.aux = static_cast<char*>(good.aux) + 2;
+  EXPECT_TRUE(refuses(wrong));
 }
 
 }  // namespace

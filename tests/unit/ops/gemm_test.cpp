@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "capstan/base/error.h"
+#include "support/gradient_check.h"
 
 namespace capstan::ops {
 namespace {
@@ -27,7 +28,8 @@ TEST(Gemm, AProjectionIsItsTransposedColumns) {
   EXPECT_EQ(p->a, (LtMatrix{LtType::kBf16, 7, 3, 7}));
   EXPECT_EQ(p->b, (LtMatrix{LtType::kBf16, 7, 5, 7}));
   EXPECT_EQ(p->d, (LtMatrix{LtType::kBf16, 3, 5, 3}));
-  EXPECT_TRUE(p->a_transposed && !p->b_transposed && p->has_bias && !p->accumulates);
+  EXPECT_TRUE(p->a_transposed && !p->b_transposed && p->epilogue == LtEpilogue::kBias &&
+              !p->accumulates);
   EXPECT_EQ(p->depth(), 7);
   EXPECT_EQ(shape_text(*p), "5 x 3 x 7 bf16 -> bf16, bias");
   EXPECT_DOUBLE_EQ(flops_of(*p), 2.0 * 5 * 3 * 7);
@@ -108,6 +110,103 @@ TEST(Gemm, Fp8NeedsSidesOf16AndOneE4m3) {
   EXPECT_FALSE(problem(32, 16, 48, e4m3, e4m3, at::kHalf));
 }
 
+// y [5, 8] = gelu(x W^T + b) of W [8, 7]; what epilogues need beside the product.
+Product activated(at::ScalarType type = at::kBFloat16) {
+  return {.out_MN = at::zeros({5, 8}, type),
+          .a_MK = at::zeros({5, 7}, type),
+          .b_KN = at::zeros({8, 7}, type).t(),
+          .bias_N = at::zeros({8}, type),
+          .sum_MN = at::zeros({5, 8}, type)};
+}
+// dW [3, 7] += dy^T x, and the sums of dy.
+Product with_sums() {
+  return {.out_MN = at::zeros({3, 7}),
+          .a_MK = bf16({5, 3}).t(),
+          .b_KN = bf16({5, 7}),
+          .accumulates = true,
+          .row_sums_M = at::zeros({3})};
+}
+
+TEST(Gemm, FusedProductsNameTheirEpilogue) {
+  const auto p = lt_problem_of(activated());
+  ASSERT_TRUE(p);
+  EXPECT_EQ(p->epilogue, LtEpilogue::kGeluBias);
+  EXPECT_TRUE(is_fused(*p) && !has_libtorch_form(*p));
+  EXPECT_EQ(shape_text(*p), "5 x 8 x 7 bf16 -> bf16, bias, GELU");
+  EXPECT_EQ(plain_of(*p), lt_problem_of(plain_of(activated())));
+  EXPECT_EQ(plain_of(*p).epilogue, LtEpilogue::kBias);
+  const auto q = lt_problem_of(with_sums());
+  ASSERT_TRUE(q);
+  EXPECT_EQ(shape_text(*q), "3 x 7 x 5 bf16 -> fp32, accumulated, bias gradient");
+  EXPECT_EQ(plain_of(*q), lt_problem_of(plain_of(with_sums())));
+  EXPECT_FALSE(is_fused(plain_of(*q)));
+}
+
+TEST(Gemm, EpiloguesThatCublasltHasNotAreNoCase) {
+  const auto is_case = [](Product p, const auto& change) {
+    change(p);
+    return lt_problem_of(p).has_value();
+  };
+  const auto as_derivative = [](Product& p) {
+    std::swap(p.gelu_at_MN, p.sum_MN);
+    p.bias_N = Tensor();
+  };
+  EXPECT_TRUE(is_case(activated(), [](Product&) {}));
+  EXPECT_TRUE(is_case(activated(at::kHalf), as_derivative));
+  EXPECT_FALSE(is_case(activated(), [](Product& p) { p.bias_N = Tensor(); }));
+  EXPECT_FALSE(is_case(activated(), [](Product& p) {
+    p.out_MN = p.sum_MN = bf16({5, 12});
+    p.b_KN = bf16({12, 7}).t(), p.bias_N = bf16({12});
+  })) << "12 features";
+  EXPECT_FALSE(is_case(activated(), [](Product& p) {
+    p.sum_MN = bf16({48}).narrow(0, 4, 40).view({5, 8});
+  })) << "8 bytes off";
+  EXPECT_FALSE(is_case(activated(), [](Product& p) {
+    p.out_MN = at::zeros({5, 8}), p.sum_MN = at::zeros({5, 8}), p.bias_N = at::zeros({8});
+  })) << "an fp32 result";
+  EXPECT_TRUE(is_case(with_sums(), [](Product&) {}));
+  EXPECT_FALSE(is_case(with_sums(), [](Product& p) { p.row_sums_M = bf16({3}); }));
+  EXPECT_FALSE(is_case(with_sums(), [](Product& p) { p.out_MN = bf16({3, 7}); }));
+}
+
+TEST(Gemm, InPartsTheyAreTheirDefinition) {
+  const Tensor x = testing::normal({5, 7}, 1), w = testing::normal({8, 7}, 2),
+               b = testing::normal({8}, 3), dy = testing::normal({5, 3}, 4);
+  const Tensor sum = at::addmm(b, x, w.t());
+  Product p = activated(at::kDouble);
+  p.a_MK = x, p.b_KN = w.t(), p.bias_N = b;
+  multiply(p);
+  EXPECT_TRUE(testing::near(p.sum_MN, sum));
+  EXPECT_TRUE(testing::near(p.out_MN, at::gelu(sum, "tanh")));
+  const Tensor du = at::empty({5, 8}, at::kDouble), w2 = testing::normal({3, 8}, 5);
+  multiply({.out_MN = du, .a_MK = dy, .b_KN = w2, .gelu_at_MN = sum});
+  EXPECT_TRUE(testing::near(du, at::gelu_backward(at::mm(dy, w2), sum, "tanh")));
+  const Tensor dw = at::ones({3, 7}, at::kDouble), sums = at::empty({3}, at::kDouble);
+  multiply({.out_MN = dw, .a_MK = dy.t(), .b_KN = x, .accumulates = true, .row_sums_M = sums});
+  EXPECT_TRUE(testing::near(dw, 1 + at::mm(dy.t(), x)));
+  EXPECT_TRUE(testing::near(sums, dy.sum(0)));
+}
+
+TEST(Gemm, ContradictionsAreOurBug) {
+  const auto refuses = [](const auto& change) {
+    Product p = activated();
+    change(p);
+    try {
+      multiply(p);
+    } catch (const InternalError&) {
+      return true;
+    }
+    return false;
+  };
+  EXPECT_FALSE(refuses([](Product&) {}));
+  EXPECT_TRUE(refuses([](Product& p) { p.gelu_at_MN = p.sum_MN; }));
+  EXPECT_TRUE(refuses([](Product& p) { p.sum_MN = bf16({5, 7}); }));
+  EXPECT_TRUE(refuses([](Product& p) { p.sum_MN = bf16({8, 5}).t(); }));
+  EXPECT_TRUE(refuses([](Product& p) { p.sum_MN = at::zeros({5, 8}); }));
+  EXPECT_TRUE(refuses([](Product& p) { p.bias_N = Tensor(), p.accumulates = true; }));
+  EXPECT_THROW(multiply_by_libtorch(activated()), InternalError);
+}
+
 TEST(Gemm, ShapesThatDoNotFitAreOurBug) {
   const auto wrong = [] {
     multiply({.out_MN = bf16({4, 4}), .a_MK = bf16({4, 5}), .b_KN = bf16({4, 4})});
@@ -134,7 +233,7 @@ TEST(GemmText, ComesBack) {
     EXPECT_EQ(back[i].problem, list[i].problem);
     EXPECT_EQ(back[i].algorithm, list[i].algorithm);
     EXPECT_EQ(back[i].us, list[i].us);
-    EXPECT_EQ(back[i].libtorch_us, list[i].libtorch_us);
+    EXPECT_EQ(back[i].rival_us, list[i].rival_us);
   }
 }
 
@@ -154,7 +253,7 @@ TEST(GemmText, WhatIsBrokenIsRefused) {
   };
   EXPECT_EQ(problem_of(good), "");
   EXPECT_THAT(problem_of(""), ::testing::HasSubstr("measured anew"));
-  EXPECT_THAT(problem_of("x" + good), ::testing::HasSubstr("'xcapstan products 1'"));
+  EXPECT_THAT(problem_of("x" + good), ::testing::HasSubstr("'xcapstan products 2'"));
   const size_t line = good.find("GPU, 1\n") + 7;
   EXPECT_THAT(problem_of(good.substr(0, line) + "9" + good.substr(line)),
               ::testing::HasSubstr("a broken line 3"));
