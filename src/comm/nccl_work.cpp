@@ -213,6 +213,10 @@ void NcclWork::end(bool ok) {
     if (std::exchange(has_ended_, true)) return;
   }
   device_->state->recorder.end(place_.flight, ok);
+  clear_wait();
+}
+
+void NcclWork::clear_wait() {
   if (const int64_t id = wait_id_.exchange(-1); id >= 0) device_->book->clear_wait(id);
 }
 
@@ -232,7 +236,13 @@ double NcclWork::waited_s() const {
 }
 
 void NcclWork::note_wait() {
-  if (wait_id_ < 0) wait_id_ = device_->book->note_wait(place_.note, [] {});
+  if (wait_id_ >= 0) return;
+  wait_id_ = device_->book->note_wait(place_.note, [] {});
+  {
+    std::lock_guard lock(mutex_);
+    if (!has_ended_) return;
+  }
+  clear_wait();  // the end came before there was anything to clear
 }
 
 }  // namespace capstan::comm

@@ -114,6 +114,7 @@ class NcclWork final : public WorkState {
  private:
   enum class Phase { kQueued, kLaunched, kDone };
   void end(bool ok);
+  void clear_wait();
 
   std::shared_ptr<NcclDevice> device_;
   Request request_;
