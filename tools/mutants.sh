@@ -92,8 +92,9 @@ build_tests() { # jobs, target...
   nice -n 10 cmake --build "$build" --parallel "$jobs" --target "$@"
 }
 prepare() {
-  cmake -S "$src" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
-    -DCAPSTAN_BUILD_TOOLS=OFF -DCAPSTAN_BUILD_EXAMPLES=OFF "-DCAPSTAN_MODULES=$modules" > "$log/build.txt" &&
+  cmake -S "$src" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O2 -g1" \
+    -DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCAPSTAN_BUILD_TOOLS=OFF -DCAPSTAN_BUILD_EXAMPLES=OFF \
+    "-DCAPSTAN_MODULES=$modules" > "$log/build.txt" &&
     build_tests "$jobs" "${programs[@]}" >> "$log/build.txt" 2>&1
 }
 
