@@ -3,6 +3,7 @@
 #include "cuda/cuda_accelerator.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/cuda/MemPool.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -56,6 +57,8 @@ void CudaAccelerator::set_device(int index) {
                              .fix = "Start fewer ranks per machine, or see CUDA_VISIBLE_DEVICES"});
   index_ = static_cast<c10::DeviceIndex>(index);
   c10::cuda::set_device(index_);
+  // Else the first tensor does it, and pools and statistics are refused before.
+  at::globalContext().lazyInitDevice(type());
 }
 
 device::Stream CudaAccelerator::current_stream() const {
@@ -100,7 +103,10 @@ void CudaAccelerator::wait(device::Stream stream, device::Event event) {
 
 bool CudaAccelerator::is_done(device::Event event) const {
   const cudaError_t result = cudaEventQuery(raw(event));
-  if (result == cudaErrorNotReady) return false;
+  if (result == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // no error, and not one of the next kernel that asks
+    return false;
+  }
   check(result, "cudaEventQuery");
   return true;
 }
