@@ -62,6 +62,8 @@ void start_cuda(int index) {
 void compute_deterministically() {
   ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
   at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  // Else a kernel fills every new tensor, and nothing here reads one before it is written.
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
 }  // namespace capstan::device
