@@ -170,11 +170,20 @@ install_cuda_libraries() {
     fail 2 "the cuda preset needs nvcc 13.0: install the CUDA toolkit 13.0 and put its bin folder into PATH"
   wanted=$(printf '%s\n' "${cuda_wheels[@]}" | sha256sum | cut -d ' ' -f 1)
   [ "$(cat "$base/cuda.sha256" 2>/dev/null)" != "$wanted" ] || return 0
-  say "downloading the CUDA libraries of LibTorch $torch_version (1.8 GB)"
+  local source=()
+  if [ -n "$wheels_dir" ]; then
+    say "unpacking the CUDA libraries of LibTorch $torch_version from $wheels_dir"
+    source=(--no-index --find-links "$wheels_dir")
+  else
+    say "downloading the CUDA libraries of LibTorch $torch_version (1.8 GB)"
+  fi
   rm -rf "$base/cuda.partial"
   python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-compile \
-    --target "$base/cuda.partial" "${cuda_wheels[@]}" >> "$cache/pip.log" 2>&1 ||
-    { tail -n 5 "$cache/pip.log" >&2; fail 1 "pip could not install the CUDA libraries (log: $cache/pip.log)"; }
+    --target "$base/cuda.partial" "${source[@]}" "${cuda_wheels[@]}" >> "$cache/pip.log" 2>&1 || {
+    tail -n 5 "$cache/pip.log" >&2
+    [ -z "$wheels_dir" ] || fail 2 "the CUDA libraries are not all in $wheels_dir; download them with: python3 -m pip download -d DIR ${cuda_wheels[*]}"
+    fail 1 "pip could not install the CUDA libraries (log: $cache/pip.log)"
+  }
   cp -an "$base/cuda.partial/nvidia/." "$base/nvidia/"
   rm -rf "$base/cuda.partial"
   printf '%s\n' "$wanted" > "$base/cuda.sha256"

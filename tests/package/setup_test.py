@@ -141,6 +141,20 @@ class Setup(unittest.TestCase):
         done = self.setup_sh("--wheels", str(self.home / "nowhere"), code=2)
         self.assertIn("no such folder", done.stderr)
 
+    def test_the_cuda_preset_takes_its_libraries_from_the_wheels(self):
+        self.stub("nvcc", "exit 0")
+        folder = self.wheels()
+        done = self.setup_sh("--preset", "cuda", "--wheels", folder, code=2)
+        self.assertIn(f"not all in {folder}; download them with: python3 -m pip download -d DIR cuda-toolkit[", done.stderr)
+        self.stub("python3", 'if [ "$2" = pip ]; then while [ "$1" != --target ]; do shift; done; mkdir -p "$2/nvidia/nccl/lib"; '
+                             f'touch "$2/nvidia/nccl/lib/libnccl.so.2"; exit 0; fi; exec "{sys.executable}" "$@"')
+        self.setup_sh("--preset", "cuda", "--wheels", folder)
+        self.assertTrue((self.checkout / ".deps/torch-2.11.0/nvidia/nccl/lib/libnccl.so.2").exists())
+        asked = self.called("python3")
+        self.assertTrue(all(f"--no-index --find-links {folder}" in call for call in asked), asked)
+        self.setup_sh("--preset", "cuda", "--wheels", folder)
+        self.assertEqual(self.called("python3"), asked, "what is there is not unpacked again")
+
     def test_a_full_disk_is_found_before_anything_is_written(self):
         self.stub("df", 'echo h; echo "none 9 9 1048576 9 /"')
         done = self.setup_sh("--wheels", self.wheels(), code=2)
