@@ -77,4 +77,7 @@ function(capstan_add_test name)
   if(arg_PROCESSORS)
     set_tests_properties(${name} PROPERTIES PROCESSORS ${arg_PROCESSORS})
   endif()
+  if(gpu IN_LIST arg_LABELS)  # one program at a time on the GPU
+    set_tests_properties(${name} PROPERTIES RESOURCE_LOCK gpu)
+  endif()
 endfunction()
