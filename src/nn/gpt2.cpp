@@ -72,10 +72,12 @@ struct Gpt2Layer final : Block {
   }
 
   Tensor mlp(const Context& context, Seams& seams, const Tensor& x_BTD) const {
+    if (!remade.mlp)
+      return seams.row(context, seams.column_gelu(context, x_BTD, up, activation), down);
     const auto activated = [&seams, this](const Context& pass, const Tensor& x) {
-      return ops::gelu(seams.column(pass, x, {&up, 1}).front(), activation);
+      return ops::activation_of(seams.column_gelu(pass, x, up, activation));
     };
-    return seams.row(context, run_part(remade.mlp, context, x_BTD, activated), down);
+    return seams.row(context, run_part(true, context, x_BTD, activated), down);
   }
 };
 

@@ -73,6 +73,15 @@ Tensor Seams::row(const Context&, const Tensor& y_BTO, const Projection& project
   return ops::linear(y_BTO, projection);
 }
 
+ops::Activated Seams::column_gelu(const Context&, const Tensor& x_BTD, const Projection& projection,
+                                  ops::GeluForm form) {
+  return ops::linear_gelu(x_BTD, projection, form);
+}
+
+Tensor Seams::row(const Context&, const ops::Activated& y_BTO, const Projection& projection) {
+  return ops::linear(y_BTO, projection);
+}
+
 Tensor Seams::turn_heads(const Context& context, int layer, const Tensor& qkv_BTX,
                          const AttentionInput& in) {
   if (!in.rotates) return qkv_BTX;

@@ -10,34 +10,10 @@
 #include "capstan/ops/gemm.h"
 #include "capstan/ops/path.h"
 #include "ops/gemm_internal.h"
+#include "ops/linear_internal.h"
 
 namespace capstan::ops {
 namespace {
-
-Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
-
-// A fresh [..., columns] tensor beside x, and its rows: results that are no views may be changed in
-// place by the next op.
-struct FreshRows {
-  Tensor whole, rows_NO;
-  FreshRows(const Tensor& x, int64_t columns) {
-    std::vector<int64_t> sizes = x.sizes().vec();
-    sizes.back() = columns;
-    whole = at::empty(sizes, x.options().requires_grad(false));
-    rows_NO = whole.view({-1, columns});
-  }
-};
-
-std::vector<Param> params_of(const Projection& projection, bool with_bias) {
-  std::vector<Param> params = projection.parts;
-  if (with_bias) params.insert(params.end(), projection.bias.begin(), projection.bias.end());
-  return params;
-}
-
-// The projection in fp8, or null.
-Fp8Linear* fp8_of(const Projection& projection, LinearMode mode) {
-  return mode.fp8 && Fp8Linear::covers(projection) ? mode.fp8 : nullptr;
-}
 
 bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
@@ -50,6 +26,25 @@ bool multiplies_wide(const Product& product) {
 }
 
 }  // namespace
+
+Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+FreshRows::FreshRows(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = columns;
+  whole = at::empty(sizes, x.options().requires_grad(false));
+  rows_NO = whole.view({-1, columns});
+}
+
+std::vector<Param> params_of(const Projection& projection, bool with_bias) {
+  std::vector<Param> params = projection.parts;
+  if (with_bias) params.insert(params.end(), projection.bias.begin(), projection.bias.end());
+  return params;
+}
+
+Fp8Linear* fp8_of(const Projection& projection, LinearMode mode) {
+  return mode.fp8 && Fp8Linear::covers(projection) ? mode.fp8 : nullptr;
+}
 
 void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
   const auto type = a.element_size() < b.element_size() ? b.scalar_type() : a.scalar_type();
@@ -140,8 +135,8 @@ void linear_weight_gradient(const Projection& projection, const Tensor& grad, co
   });
 }
 
-Tensor linear(const Tensor& x, const Projection& projection, bool with_bias, LinearMode mode) {
-  const Tensor y = linear_forward(x, projection, with_bias, mode);
+Tensor record_linear(const Tensor& y, const Tensor& x, const Projection& projection, bool with_bias,
+                     LinearMode mode) {
   const bool wants_input_grad = x.requires_grad();
   return record(y, {"linear",
                     {x},
@@ -153,6 +148,11 @@ Tensor linear(const Tensor& x, const Projection& projection, bool with_bias, Lin
                       if (!wants_input_grad) return {Tensor()};
                       return {linear_input_gradient(grads[0], projection, mode)};
                     }});
+}
+
+Tensor linear(const Tensor& x, const Projection& projection, bool with_bias, LinearMode mode) {
+  const Tensor y = linear_forward(x, projection, with_bias, mode);
+  return record_linear(y, x, projection, with_bias, mode);
 }
 
 Tensor add_bias(const Tensor& y, const Projection& projection) {

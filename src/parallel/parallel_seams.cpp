@@ -101,6 +101,18 @@ Tensor ParallelSeams::row(const nn::Context& context, const Tensor& y_BTO,
   return ops::linear(y_BTO, projection, true, linear(context));
 }
 
+ops::Activated ParallelSeams::column_gelu(const nn::Context& context, const Tensor& x_BTD,
+                                          const nn::Projection& projection, ops::GeluForm form) {
+  if (options_.tensor.size() > 1) return column_gelu_linear(cut(context), x_BTD, projection, form);
+  return ops::linear_gelu(x_BTD, projection, form, linear(context));
+}
+
+Tensor ParallelSeams::row(const nn::Context& context, const ops::Activated& y_BTO,
+                          const nn::Projection& projection) {
+  if (options_.tensor.size() > 1) return row_linear(cut(context), y_BTO, projection);
+  return ops::linear(y_BTO, projection, true, linear(context));
+}
+
 Tensor ParallelSeams::attend(const nn::Context& context, int layer, const Tensor& qkv_BTX,
                              const nn::AttentionInput& in) {
   if (!splits_rows(context)) return Seams::attend(context, layer, qkv_BTX, in);

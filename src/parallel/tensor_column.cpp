@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include "capstan/ops/linear.h"
+#include "capstan/ops/linear_gelu.h"
 #include "parallel/ring_exchange_internal.h"
 #include "parallel/sequence_cut_internal.h"
 #include "parallel/tensor_linear_internal.h"
@@ -147,6 +147,20 @@ Tensors outputs_by_parts(const TensorCut& cut, const Tensor& x,
   return parts_pBtO;
 }
 
+void record_column(const TensorCut& cut, const Tensors& outputs, const Tensor& x,
+                   std::span<const Projection> projections) {
+  ops::NodeSpec node{.name = "column", .inputs = {x}, .params = {}, .saved = {}, .backward = {}};
+  bool any_trainable = false;
+  for (const Projection& p : projections) {
+    node.params.insert(node.params.end(), p.parts.begin(), p.parts.end());
+    node.params.insert(node.params.end(), p.bias.begin(), p.bias.end());
+    any_trainable |= p.trainable();
+  }
+  node.saved = {any_trainable ? x : Tensor()};
+  node.backward = ColumnBackward{cut, {projections.begin(), projections.end()}, x.requires_grad()};
+  ops::record(outputs, std::move(node));
+}
+
 }  // namespace
 
 std::vector<Tensor> column_linear(const TensorCut& cut, const Tensor& x,
@@ -162,17 +176,24 @@ std::vector<Tensor> column_linear(const TensorCut& cut, const Tensor& x,
         outputs.push_back(ops::linear_forward(all, p, true, cut.linear));
     }
   }
-  ops::NodeSpec node{.name = "column", .inputs = {x}, .params = {}, .saved = {}, .backward = {}};
-  bool any_trainable = false;
-  for (const Projection& p : projections) {
-    node.params.insert(node.params.end(), p.parts.begin(), p.parts.end());
-    node.params.insert(node.params.end(), p.bias.begin(), p.bias.end());
-    any_trainable |= p.trainable();
-  }
-  node.saved = {any_trainable ? x : Tensor()};
-  node.backward = ColumnBackward{cut, {projections.begin(), projections.end()}, x.requires_grad()};
-  ops::record(outputs, std::move(node));
+  record_column(cut, outputs, x, projections);
   return outputs;
+}
+
+ops::Activated column_gelu_linear(const TensorCut& cut, const Tensor& x,
+                                  const Projection& projection, ops::GeluForm form) {
+  ops::Activated y;
+  {
+    at::NoGradGuard no_grad;
+    if (cut.overlap) {
+      y = ops::activated(outputs_by_parts(cut, x, {&projection, 1}).front(), form);
+    } else {
+      const Tensor all = cut.sequence ? gather_sequence(cut.group, x) : x;
+      y = ops::linear_gelu_forward(all, projection, form, cut.linear);
+    }
+  }
+  record_column(cut, {y.sum}, x, {&projection, 1});
+  return y;
 }
 
 }  // namespace capstan::parallel

@@ -22,8 +22,15 @@ namespace capstan::parallel {
 [[nodiscard]] std::vector<Tensor> column_linear(const TensorCut& cut, const Tensor& x_BTD,
                                                 std::span<const nn::Projection> projections);
 
+// The same for one projection and GELU behind it.
+[[nodiscard]] ops::Activated column_gelu_linear(const TensorCut& cut, const Tensor& x_BTD,
+                                                const nn::Projection& projection,
+                                                ops::GeluForm form);
+
 // Input features are cut: the sum over the ranks is the result; the bias is added once, after it.
 [[nodiscard]] Tensor row_linear(const TensorCut& cut, const Tensor& y_BTO,
+                                const nn::Projection& projection);
+[[nodiscard]] Tensor row_linear(const TensorCut& cut, const ops::Activated& y_BTO,
                                 const nn::Projection& projection);
 
 // Every rank looks up the rows it holds; the sum over the ranks is the result.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "capstan/ops/head.h"
+#include "capstan/ops/linear_gelu.h"
 #include "capstan/ops/qk_norm.h"
 #include "capstan/param/context.h"
 #include "capstan/param/param.h"
@@ -69,6 +70,12 @@ class Seams {
   virtual std::vector<Tensor> column(const Context& context, const Tensor& x_BTD,
                                      std::span<const Projection> projections);
   virtual Tensor row(const Context& context, const Tensor& y_BTO, const Projection& projection);
+  // GELU behind the one, in front of the other: column(), and row() of its activation, whose
+  // backward goes to the sum.
+  virtual ops::Activated column_gelu(const Context& context, const Tensor& x_BTD,
+                                     const Projection& projection, ops::GeluForm form);
+  virtual Tensor row(const Context& context, const ops::Activated& y_BTO,
+                     const Projection& projection);
   // qkv_BTX holds q, k, v side by side before RoPE ([N*H | K*H | K*H]); returns [B, T, N*H].
   virtual Tensor attend(const Context& context, int layer, const Tensor& qkv_BTX,
                         const AttentionInput& input);

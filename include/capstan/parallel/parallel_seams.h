@@ -56,6 +56,10 @@ class ParallelSeams : public nn::Seams {
                              std::span<const nn::Projection> projections) override;
   Tensor row(const nn::Context& context, const Tensor& y_BTO,
              const nn::Projection& projection) override;
+  ops::Activated column_gelu(const nn::Context& context, const Tensor& x_BTD,
+                             const nn::Projection& projection, ops::GeluForm form) override;
+  Tensor row(const nn::Context& context, const ops::Activated& y_BTO,
+             const nn::Projection& projection) override;
   Tensor attend(const nn::Context& context, int layer, const Tensor& qkv_BTX,
                 const nn::AttentionInput& input) override;
   // Collective over: ep as well.

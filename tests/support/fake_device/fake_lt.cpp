@@ -241,10 +241,12 @@ void FakeLt::multiply(const LtProblem& problem, const LtPointers& pointers,
   record_for_graph(run);
   run();
   last_index_ = index;
-  if (timed_product_us)
+  if (timed_product_us) {
     *timed_product_us += options_.us(problem, index);
-  else
-    ++products_;
+    return;
+  }
+  ++products_;
+  ++by_epilogue_[static_cast<size_t>(problem.epilogue)];
 }
 
 double FakeLt::time_us(device::Stream, int repeats, const std::function<void()>& work) {

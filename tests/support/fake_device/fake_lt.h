@@ -4,6 +4,7 @@
 // (shapes, leading dimensions, types, layouts of fp8, epilogues, alignment, scales, workspace, an
 // algorithm of another problem), computes from the definition, and tells times that a test chose.
 #pragma once
+#include <array>
 #include <atomic>
 #include <functional>
 
@@ -38,7 +39,10 @@ class FakeLt final : public ops::LtApi {
   [[nodiscard]] double time_us(device::Stream stream, int repeats,
                                const std::function<void()>& work) override;
 
-  [[nodiscard]] int64_t products() const { return products_; }      // outside of time_us
+  [[nodiscard]] int64_t products() const { return products_; }  // outside of time_us
+  [[nodiscard]] int64_t products(ops::LtEpilogue epilogue) const {
+    return by_epilogue_[static_cast<size_t>(epilogue)];
+  }
   [[nodiscard]] int64_t timed() const { return timed_; }            // calls of time_us
   [[nodiscard]] int64_t searches() const { return searches_; }      // calls of algorithms
   [[nodiscard]] int last_algorithm() const { return last_index_; }  // of multiply
@@ -48,6 +52,7 @@ class FakeLt final : public ops::LtApi {
 
   FakeLtOptions options_;
   std::atomic<int64_t> products_ = 0, timed_ = 0, searches_ = 0;
+  std::array<std::atomic<int64_t>, 5> by_epilogue_{};
   std::atomic<int> last_index_ = -1;
 };
 
