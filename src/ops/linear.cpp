@@ -15,6 +15,10 @@
 namespace capstan::ops {
 namespace {
 
+bool trains_bias(const Projection& projection) {
+  return !projection.bias.empty() && projection.bias.front().trainable();
+}
+
 bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); }
 
 // GPUs and tiles of CPUs multiply 16-bit factors and add fp32 products to the buffer in one GEMM.
@@ -75,13 +79,17 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
   return dx.whole;
 }
 
-void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in) {
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in,
+                       Tensor* sums_O) {
   at::NoGradGuard no_grad;
   const Tensor x_ND = x_in.to(grad_NO.scalar_type());
-  const Product product{
+  Product product{
       .out_MN = slot.buffer, .a_MK = grad_NO.t(), .b_KN = x_ND, .accumulates = !slot.overwrite};
-  if (!have_same_type(slot.buffer, grad_NO) && !multiplies_wide(product))
+  const bool is_wide = multiplies_wide(product);
+  if (!have_same_type(slot.buffer, grad_NO) && !is_wide)
     return param::add_to_slot(slot, at::mm(grad_NO.t(), x_ND));
+  if (sums_O && is_wide)
+    product.row_sums_M = *sums_O = at::empty({grad_NO.size(1)}, slot.buffer.options());
   multiply(product);
   slot.overwrite = false;
 }
@@ -110,14 +118,14 @@ Tensor linear_input_gradient(const Tensor& grad, const Projection& projection, L
 }
 
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
-                       const Projection& projection, LinearMode mode) {
+                       const Projection& projection, LinearMode mode, Tensor* sums_O) {
   if (Fp8Linear* const fp8 = fp8_of(projection, mode))
     return fp8->add_weight_gradient(slot, grad_NO, x_ND, projection);
-  add_outer_product(slot, grad_NO, x_ND);
+  add_outer_product(slot, grad_NO, x_ND, sums_O);
 }
 
 void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
-  if (projection.bias.empty() || !projection.bias.front().trainable()) return;
+  if (!trains_bias(projection)) return;
   at::NoGradGuard no_grad;
   const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor sum_O = at::sum(rows_of(grad), {0}, false, wide);
@@ -127,12 +135,30 @@ void linear_bias_gradient(const Projection& projection, const Tensor& grad) {
 void linear_weight_gradient(const Projection& projection, const Tensor& grad, const Tensor& x,
                             bool with_bias, LinearMode mode) {
   const Tensor grad_NO = rows_of(grad).detach();
-  if (with_bias) linear_bias_gradient(projection, grad_NO);
-  if (!projection.trainable()) return;
-  const Tensor x_ND = rows_of(x).detach();
-  projection.accumulate([grad_NO, x_ND, projection, mode](param::GradSlot& slot) {
-    add_outer_product(slot, grad_NO, x_ND, projection, mode);
+  const Tensor x_ND = projection.trainable() ? rows_of(x).detach() : Tensor();
+  linear_gradients(projection, grad_NO, with_bias,
+                   [grad_NO, x_ND, projection, mode](param::GradSlot& slot, Tensor* sums_O) {
+                     add_outer_product(slot, grad_NO, x_ND, projection, mode, sums_O);
+                   });
+}
+
+void linear_gradients(const Projection& projection, const Tensor& grad_NO, bool with_bias,
+                      const AddWeightGradient& add) {
+  struct Sums {
+    bool are_wanted;
+    Tensor value_O;
+  };
+  const auto sums = std::make_shared<Sums>(Sums{with_bias && trains_bias(projection), {}});
+  projection.accumulate([add, sums](param::GradSlot& slot) {
+    add(slot, sums->are_wanted ? &sums->value_O : nullptr);
   });
+  sums->are_wanted = false;  // later than here they come too late
+  const Tensor sums_O = std::move(sums->value_O);
+  if (sums_O.defined())
+    projection.accumulate_bias(
+        [sums_O](param::GradSlot& slot) { param::add_to_slot(slot, sums_O); });
+  else if (with_bias)
+    linear_bias_gradient(projection, grad_NO);
 }
 
 Tensor record_linear(const Tensor& y, const Tensor& x, const Projection& projection, bool with_bias,

@@ -24,12 +24,13 @@ class ColumnInput {
  public:
   ColumnInput(TensorCut cut, const Tensor& x) : cut_(std::move(cut)), x_(x.detach()) {}
 
-  // slot (+)= grad^T x over all tokens.
-  void add_product(param::GradSlot& slot, const Tensor& grad_BTO, const Projection& projection) {
+  // slot (+)= grad^T x over all tokens, and where one product does it the sums of grad.
+  void add_product(param::GradSlot& slot, const Tensor& grad_BTO, const Projection& projection,
+                   Tensor* sums_O) {
     if (cut_.overlap) return add_product_by_parts(slot, grad_BTO, projection);
     if (!whole_ND_.defined())
       whole_ND_ = rows_of(cut_.sequence ? gather_sequence(cut_.group, x_) : x_);
-    ops::add_outer_product(slot, rows_of(grad_BTO), whole_ND_, projection, cut_.linear);
+    ops::add_outer_product(slot, rows_of(grad_BTO), whole_ND_, projection, cut_.linear, sums_O);
   }
 
  private:
@@ -76,10 +77,11 @@ void weight_gradients(const std::vector<Projection>& projections, const Tensors&
   for (size_t i = 0; i < projections.size(); ++i) {
     if (!grads[i].defined()) continue;
     const Tensor grad = grads[i].detach();
-    projections[i].accumulate([input, grad, projection = projections[i]](param::GradSlot& slot) {
-      input->add_product(slot, grad, projection);
-    });
-    ops::linear_bias_gradient(projections[i], grad);
+    const auto add = [input, grad, projection = projections[i]](param::GradSlot& slot,
+                                                                Tensor* sums_O) {
+      input->add_product(slot, grad, projection, sums_O);
+    };
+    ops::linear_gradients(projections[i], rows_of(grad), true, add);
   }
 }
 

@@ -109,6 +109,78 @@ TEST_F(DeviceGemm, TrainingIsThatOfLibTorch) {
   }
 }
 
+const std::vector<std::string> kGpt2 = {"model.family=gpt2", "model.num_key_value_heads=4"};
+std::vector<std::string> gpt2(std::vector<std::string> more) {
+  more.insert(more.begin(), kGpt2.begin(), kGpt2.end());
+  return more;
+}
+
+// What lies between the two products of a GPT-2 MLP is done by them; only what is made again has
+// its derivative apart. Bias gradients come with weight gradients that are not put off.
+TEST_F(DeviceGemm, Gpt2HasItsEpilogues) {
+  struct Case {
+    int ranks;
+    bool has_gelu, has_derivative, has_sums;
+    std::vector<std::string> overrides;
+  };
+  const Case cases[] = {
+      {1, true, true, true, {}},
+      {1, false, false, true, {"model.hidden_act=gelu"}},
+      {1,
+       true,
+       false,
+       true,
+       {"parallel.recompute.mode=selective", "parallel.recompute.parts=[mlp]"}},
+      {1, true, true, true, {"parallel.recompute.mode=block"}},
+      {2, true, true, true, {"parallel.tensor=2", "model.intermediate_size=32"}},
+      {2,
+       true,
+       true,
+       true,
+       {"parallel.tensor=2", "model.intermediate_size=32", "parallel.sequence=true"}},
+      {2,
+       false,
+       false,
+       false,
+       {"parallel.tensor=2", "parallel.sequence=true", "parallel.sequence_overlap=true"}},
+      {2,
+       true,
+       true,
+       false,
+       {"parallel.pipeline.schedule=zero_bubble", "parallel.pipeline.size=2",
+        "model.tie_word_embeddings=false"}},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.overrides.empty() ? "one rank" : c.overrides.front());
+    TinyRun plain = bf16("libtorch", gpt2(c.overrides)),
+            fused = bf16("cublaslt", gpt2(c.overrides));
+    plain.ranks = fused.ranks = c.ranks;
+    const Trained expected = train_on_device(plain);
+    const auto api = install();
+    expect_close(train_on_device(fused), expected, 5e-3);
+    EXPECT_EQ(api->products(ops::LtEpilogue::kGeluBias) > 0, c.has_gelu);
+    EXPECT_EQ(api->products(ops::LtEpilogue::kGeluGradient) > 0, c.has_derivative);
+    EXPECT_EQ(api->products(ops::LtEpilogue::kBiasGradient) > 0, c.has_sums);
+  }
+}
+
+// Where the parts are faster, they are what runs.
+TEST_F(DeviceGemm, Gpt2TakesPartsThatAreFaster) {
+  const auto api = install({.us = [](const auto& problem, int algorithm) {
+    return 10.0 - algorithm + (ops::is_fused(problem) ? 5 : 0);
+  }});
+  int64_t fused_at_first = 0;
+  const auto fused = [&api] {
+    return api->products(ops::LtEpilogue::kGeluBias) +
+           api->products(ops::LtEpilogue::kGeluGradient);
+  };
+  (void)train_on_device(bf16("cublaslt", kGpt2), [&](int step) {
+    if (step == 0) fused_at_first = fused();
+  });
+  EXPECT_GT(fused_at_first, 0) << "before the measurement";
+  EXPECT_EQ(fused(), fused_at_first);
+}
+
 TEST_F(DeviceGemm, IsMeasuredBeforeTheSecondStepAndNeverAgain) {
   for (const std::string gemm : {"auto", "cublaslt"}) {
     const auto api = install();

@@ -33,10 +33,18 @@ void linear_weight_gradient(const Projection& projection, const Tensor& grad, co
                             bool with_bias, LinearMode mode = {});
 // The bias part alone; nothing for a projection without bias.
 void linear_bias_gradient(const Projection& projection, const Tensor& grad);
+// How a layer adds its weight's gradient; given `sums_O`, it may set it to the sums of the gradient
+// over all tokens.
+using AddWeightGradient = std::function<void(param::GradSlot& slot, Tensor* sums_O)>;
+// Hands `add` to the projection's store, and the bias's gradient: the sums where the weight's
+// gradient is added at once and brings them, else those of grad_NO.
+void linear_gradients(const Projection& projection, const Tensor& grad_NO, bool with_bias,
+                      const AddWeightGradient& add);
 // slot (+)= grad_NO^T x_ND, in one GEMM into the buffer when the dtypes agree, and on GPUs also
-// from 16-bit factors into an fp32 buffer.
-void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND);
+// from 16-bit factors into an fp32 buffer; there it sets sums_O, in fp32, where asked to.
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
-                       const Projection& projection, LinearMode mode);
+                       Tensor* sums_O = nullptr);
+void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_ND,
+                       const Projection& projection, LinearMode mode, Tensor* sums_O = nullptr);
 
 }  // namespace capstan::ops

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "unit/ops/one_param.h"
 
 namespace capstan::ops {
@@ -64,6 +66,37 @@ TEST(Linear, WideWeight_MultipliesInItsOwnType) {
   run_backward(expected, grad);
   ASSERT_EQ(x.grad().scalar_type(), at::kBFloat16);
   EXPECT_TRUE(testing::near(x.grad(), x_wide.grad().to(at::kBFloat16)));
+}
+
+// The sums that a weight gradient brings are the bias's gradient, unless it comes too late.
+TEST(Linear, SumsOfTheGradientComeWithTheWeights) {
+  struct Case {
+    bool deferred, with_bias, brings;
+    std::vector<std::string> frozen;
+    bool is_asked;
+    double bias;  // its gradient; NaN: none
+  };
+  for (const Case& c : {Case{false, true, true, {}, true, 100},
+                        {false, true, false, {}, true, 3},
+                        {true, true, true, {}, false, 3},
+                        {false, false, true, {}, false, NAN},
+                        {false, true, true, {"w"}, false, 3},
+                        {false, true, true, {"b"}, false, NAN}}) {
+    PlainStore store({param_spec("w", {2, 5}), param_spec("b", {2})},
+                     {.deferred = c.deferred, .frozen = c.frozen});
+    const Projection p{{store.find("w")}, {store.find("b")}};
+    linear_gradients(p, at::ones({3, 2}, at::kDouble), c.with_bias,
+                     [&c](param::GradSlot& slot, Tensor* sums_O) {
+                       EXPECT_EQ(sums_O != nullptr, c.is_asked);
+                       param::add_to_slot(slot, at::ones({2, 5}));
+                       if (c.brings && sums_O) *sums_O = at::full({2}, 100.0);
+                     });
+    store.run_deferred();
+    EXPECT_EQ(store.has_gradient("w"), c.frozen != std::vector<std::string>{"w"});
+    ASSERT_EQ(store.has_gradient("b"), !std::isnan(c.bias));
+    if (std::isnan(c.bias)) continue;
+    EXPECT_TRUE(store.gradient_of("b").eq(c.bias).all().item<bool>());
+  }
 }
 
 TEST(Linear, SecondBackwardAdds_FirstOverwrites) {
