@@ -60,18 +60,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_tiles(const SquaredNormArgs a
   *a.non_finite = broken != 0 ? 1 : before;
 }
 
-__global__ void decide(const DecideStepArgs a) {
-  if (threadIdx.x != 0) return;
-  StepState& s = *a.state;
-  const double norm = root_of(*a.sum) * a.inverse_loss_scale;
-  const double clip = a.max_norm > 0 ? a.max_norm / (norm + 1e-6) : 1.0;
-  s.norm = norm;
-  s.gradient_scale = (clip < 1.0 ? clip : 1.0) * a.inverse_loss_scale;
-  const bool is_finite = fabs(norm) <= 1.7976931348623157e308;  // finite parts may overflow
-  s.skip = *a.non_finite != 0 || !is_finite ? 1 : 0;
-  if (s.skip == 0) ++s.count;
-}
-
 }  // namespace
 
 void squared_norm(const SquaredNormArgs& args, Stream stream) {
@@ -87,12 +75,6 @@ void squared_norm(const SquaredNormArgs& args, Stream stream) {
              args, are_aligned({args.values}));
   });
   launch("squared_norm", {1, kSumThreads, 0}, stream, sum_tiles, args);
-}
-
-void decide_step(const DecideStepArgs& args, Stream stream) {
-  check_present("decide_step",
-                {{"sum", args.sum}, {"non_finite", args.non_finite}, {"state", args.state}});
-  launch("decide_step", {1, kWarp, 0}, stream, decide, args);
 }
 
 }  // namespace capstan::kernels

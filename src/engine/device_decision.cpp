@@ -15,7 +15,7 @@ namespace {
 using optim::DeviceSums;
 
 // Behind the sums; all of them fp64 on their way to the host.
-enum Decided { kSkip = DeviceSums::kCount, kUpdates, kScale, kValues };
+enum Decided { kSkip = DeviceSums::kCount, kUpdates, kScale, kLossScale, kValues };
 
 // Far below a step, far above a query.
 constexpr std::chrono::microseconds kBetweenLooks{50};
@@ -27,7 +27,8 @@ DeviceDecision::DeviceDecision(const std::vector<parallel::Shard>& shards, const
     : accelerator_(accelerator),
       step_(shards, accelerator.device(),
             {.max_norm = plan.resolved.optimizer.max_grad_norm.value_or(0),
-             .loss_scale = plan.precision.loss_scale}),
+             .loss_scale = loss_scale_rule(plan.precision),
+             .spikes = spike_rule(plan.resolved.optimizer)}),
       values_(at::zeros({kValues},
                         at::TensorOptions().device(accelerator.device()).dtype(at::kDouble))),
       sums_(values_.narrow(0, 0, DeviceSums::kCount)) {}
@@ -72,6 +73,7 @@ void DeviceDecision::send_outcome() {
   values_[kSkip].copy_(n.skip);
   values_[kUpdates].copy_(n.count);
   values_[kScale].copy_(n.gradient_scale);
+  values_[kLossScale].copy_(n.loss_scale);
   Pending step{.values = accelerator_.empty_pinned({kValues}, at::kDouble),
                .done = {},
                .target_tokens = target_tokens_};
@@ -100,13 +102,22 @@ DeviceDecision::Outcome DeviceDecision::receive(const comm::Communicator& world)
                    .target_tokens = step.target_tokens},
           .applied = v[kSkip] == 0,
           .count = static_cast<int64_t>(v[kUpdates]),
-          .gradient_scale = v[kScale]};
+          .gradient_scale = v[kScale],
+          .loss_scale = v[kLossScale]};
+}
+
+void DeviceDecision::restore(const EngineScalars& scalars) {
+  step_.restore({.count = scalars.optimizer_count,
+                 .loss_scale = scalars.loss_scale,
+                 .good_steps = scalars.good_steps_at_scale,
+                 .losses = scalars.spike_losses,
+                 .norms = scalars.spike_norms});
 }
 
 std::string reason_to_wait(const plan::Plan& plan, const optim::Optimizer& optimizer) {
-  if (plan.resolved.optimizer.spike_skip.sigma)
-    return "optimizer.spike_skip.sigma is judged by the host";
-  if (plan.precision.dynamic_loss_scale) return "the dynamic loss scale of fp16 is the host's";
+  const recipe::Experts& experts = plan.resolved.model.experts;
+  if (plan.precision.dynamic_loss_scale && (experts.auxiliary_loss > 0 || experts.z_loss > 0))
+    return "losses on routers are scaled by the host, as is the dynamic loss scale of fp16 then";
   if (plan.resolved.precision.fp8.scaling == "delayed")
     return "the histories of delayed fp8 scaling are kept by the host";
   if (plan.resolved.parallel.zero.offload != "none") return "the optimizer is on the host";

@@ -44,12 +44,13 @@ class DeviceDecision {
     bool applied = false;
     int64_t count = 0;
     double gradient_scale = 0;
+    double loss_scale = 0;  // of the next step
   };
   [[nodiscard]] size_t pending() const { return pending_.size(); }
   // Of the oldest step on its way; waits until it is through, with later ones queued behind it.
   // Throws what ended the job meanwhile.
   [[nodiscard]] Outcome receive(const comm::Communicator& world);
-  void restore(int64_t count) { step_.set_count(count); }
+  void restore(const EngineScalars& scalars);
 
  private:
   struct Pending {

@@ -264,6 +264,11 @@ struct Engine::Impl {
     return control.scalars().step + (on_device ? static_cast<int64_t>(on_device->pending()) : 0);
   }
 
+  [[nodiscard]] Tensor scale_on_device() const {
+    return on_device && plan.precision.dynamic_loss_scale ? on_device->numbers().loss_scale
+                                                          : Tensor();
+  }
+
   // The optimizer's own pass before that of the step: the same rows, with labels that the model
   // draws.
   void estimate_curvature(StepWork work, const std::vector<MicroBatch>& on_host) {
@@ -312,7 +317,8 @@ struct Engine::Impl {
     if (on_device) {
       const auto outcome = on_device->receive(world);
       StepReport report = control.confirm_step(
-          outcome.sums, {outcome.applied, outcome.count, outcome.gradient_scale});
+          outcome.sums,
+          {outcome.applied, outcome.count, outcome.gradient_scale, outcome.loss_scale});
       if (model.balance) report.experts = model.balance->receive_loads();
       return report;
     }
@@ -367,7 +373,7 @@ void Engine::start_step(const std::vector<MicroBatch>& rows, const Objective& ob
   if (c[2] > 0) e.graph->make_room(batches);
   const auto target_tokens = static_cast<int64_t>(c[1]);
   const auto on_device = to_device(batches, e.device);
-  const StepWork work{&on_device, &objective, c[0], e.control.loss_scale()};
+  const StepWork work{&on_device, &objective, c[0], e.control.loss_scale(), e.scale_on_device()};
   if (e.optimizer->wants_curvature(e.started_steps())) e.estimate_curvature(work, batches);
   if (e.on_device) return e.step_on_device(work, target_tokens);
   if (e.in_backward) e.in_backward->open_step(e.control.next_update(target_tokens));
@@ -471,7 +477,7 @@ void Engine::restore(const EngineScalars& scalars) {
                   .fix = "Name the checkpoint by --resume DIR"});
   }
   e.control.restore(scalars);
-  if (e.on_device) e.on_device->restore(scalars.optimizer_count);
+  if (e.on_device) e.on_device->restore(e.control.scalars());
   for (auto& store : e.model.stores) store->refresh();
   if (e.model.fp8) e.model.fp8->refresh();
 }

@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -90,7 +91,9 @@ param::Context Executor::train_context(int micro_batch, const MicroBatch& batch,
                          .micro_batch = micro_batch,
                          .rows = &batch.rows};
   context.rows_of_step = static_cast<double>(plan_.batch.global_samples);
-  context.loss_scale = work.loss_scale;
+  // What reads it there is refused on a device that decides it.
+  context.loss_scale =
+      work.scale_on_device.defined() ? std::numeric_limits<double>::quiet_NaN() : work.loss_scale;
   if (model_.balance) {
     context.stats = model_.balance.get();
     context.routers = model_.balance->states();
@@ -281,7 +284,9 @@ Tensor Executor::scaled_weights(const StepWork& work, const MicroBatch& batch) c
   const Tensor weights_BT = work.objective->weights(batch, work.denominator);
   if (!weights_BT.defined()) return {};
   const auto type = plan_.precision.compute == DType::kFp64 ? at::kDouble : at::kFloat;
-  return weights_BT.mul(work.loss_scale).to(type);
+  return (work.scale_on_device.defined() ? weights_BT.mul(work.scale_on_device)
+                                         : weights_BT.mul(work.loss_scale))
+      .to(type);
 }
 
 void Executor::score(const param::Context& context, const nn::BlockIO& in, InFlight& flight,
@@ -298,11 +303,13 @@ void Executor::score(const param::Context& context, const nn::BlockIO& in, InFli
       model_.model.head->score(context, *model_.seams, in, batch.targets_BT, request);
   if (request.weights_BT.defined()) {
     flight.loss = scores.weighted_loss;
-    add_loss(flight.loss.detach().to(at::kDouble) / work.loss_scale);
+    const Tensor loss = flight.loss.detach().to(at::kDouble);
+    add_loss(work.scale_on_device.defined() ? loss / work.scale_on_device : loss / work.loss_scale);
     return;
   }
   flight.loss = work.objective->loss(scores, batch, work.denominator);
-  flight.seed = work.loss_scale;
+  flight.seed = work.scale_on_device.defined() ? work.scale_on_device.to(flight.loss.scalar_type())
+                                               : at::full_like(flight.loss, work.loss_scale);
   add_loss(flight.loss.detach().to(at::kDouble));
 }
 
@@ -327,7 +334,9 @@ std::vector<Tensor> Executor::backward_block(int block, BlockRun run, InFlight& 
   }
   Roots roots;
   if (flight.loss.defined()) {
-    roots.add(root_of(flight.loss), at::full_like(flight.loss, flight.seed));
+    Tensor seed = std::exchange(flight.seed, Tensor());
+    if (!seed.defined()) seed = at::ones_like(flight.loss);
+    roots.add(root_of(flight.loss), std::move(seed));
     flight.loss = Tensor();
   }
   for (size_t t = 0; t < gradients.size(); ++t)

@@ -22,6 +22,8 @@ struct StepWork {
   const Objective* objective = nullptr;
   double denominator = 1;  // over all ranks
   double loss_scale = 1;
+  // fp64, 0-d, on the device, where the scale is decided there: in place of loss_scale.
+  Tensor scale_on_device = {};
   // Of each micro-batch, as scaled_weights() makes them; null: the objective is asked.
   const std::vector<Tensor>* weights = nullptr;
   // Where labels are drawn instead of the targets, of each micro-batch [B, T]; null: targets.
@@ -61,7 +63,7 @@ class Executor {
     std::vector<BlockRun> blocks;  // as in the chunk
     Tensor output;                 // on its way to the next stage
     Tensor loss;                   // scaled, 0-d
-    double seed = 1;               // gradient of the loss
+    Tensor seed;                   // gradient of the loss; undefined: 1
     Tensor output_gradient, input_gradient;
     parallel::WeightQueue::Work weight_work;  // put off by a split backward
   };

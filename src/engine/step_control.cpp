@@ -12,25 +12,26 @@
 #include "capstan/optim/grad_norm.h"
 
 namespace capstan::engine {
-namespace {
 
-optim::LossScaleOptions scale_options(const plan::PrecisionPlan& precision) {
+optim::LossScaleOptions loss_scale_rule(const plan::PrecisionPlan& precision) {
   optim::LossScaleOptions options;
   options.dynamic = precision.dynamic_loss_scale;
   options.start = options.dynamic ? optim::kFirstLossScale : precision.loss_scale;
   return options;
 }
 
-}  // namespace
+optim::SpikeOptions spike_rule(const recipe::Optimizer& recipe) {
+  return {.sigma = recipe.spike_skip.sigma, .window = recipe.spike_skip.window};
+}
 
 StepControl::StepControl(const plan::Plan& plan)
     : batch_(plan.batch),
       recipe_(plan.resolved.optimizer),
       lr_(optim::make_lr_schedule(plan.resolved.lr_schedule, recipe_.lr, batch_.total_steps,
                                   batch_.tokens_per_step)),
-      scale_(scale_options(plan.precision)),
+      scale_(loss_scale_rule(plan.precision)),
       has_loss_scale_(plan.precision.compute == DType::kFp16),
-      spikes_({.sigma = recipe_.spike_skip.sigma, .window = recipe_.spike_skip.window}) {}
+      spikes_(spike_rule(recipe_)) {}
 
 std::string StepControl::reason_to_skip(const StepSums& sums, double norm) {
   if (!sums.loss_is_finite || !std::isfinite(sums.loss)) return "nonfinite loss";
@@ -88,6 +89,9 @@ StepReport StepControl::confirm_step(const StepSums& sums, const Decided& device
   CAPSTAN_CHECK(!device.applied || std::fabs(device.gradient_scale - scale) <= 1e-9 * scale,
                 "step {}: the device scaled gradients by {}, the host's rules say {}",
                 own.report.step, device.gradient_scale, scale);
+  CAPSTAN_CHECK(device.loss_scale == scale_.value(),
+                "step {}: the device goes on with a loss scale of {}, the host's rules say {}",
+                own.report.step, device.loss_scale, scale_.value());
   return own.report;
 }
 

@@ -20,6 +20,10 @@ struct StepSums {
   int64_t target_tokens = 0;
 };
 
+// The rules that the recipe asks for.
+[[nodiscard]] optim::LossScaleOptions loss_scale_rule(const plan::PrecisionPlan& precision);
+[[nodiscard]] optim::SpikeOptions spike_rule(const recipe::Optimizer& recipe);
+
 class StepControl {
  public:
   explicit StepControl(const plan::Plan& plan);
@@ -49,6 +53,7 @@ class StepControl {
     bool applied = false;
     int64_t count = 0;
     double gradient_scale = 1;
+    double loss_scale = 1;  // of the next step
   };
   [[nodiscard]] StepReport confirm_step(const StepSums& sums, const Decided& device);
   // Throws DivergenceError when too many steps in a row were skipped as non-finite; the first one

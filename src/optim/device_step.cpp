@@ -53,6 +53,9 @@ StepNumbers make_step_numbers(at::Device device) {
   numbers.norm = field(numbers.bytes, offsetof(State, norm), at::kDouble);
   numbers.count = field(numbers.bytes, offsetof(State, count), at::kLong);
   numbers.skip = field(numbers.bytes, offsetof(State, skip), at::kInt);
+  numbers.loss_scale = field(numbers.bytes, offsetof(State, loss_scale), at::kDouble);
+  numbers.good_steps = field(numbers.bytes, offsetof(State, good_steps), at::kLong);
+  numbers.taken = field(numbers.bytes, offsetof(State, taken), at::kLong);
   return numbers;
 }
 
@@ -63,6 +66,8 @@ DeviceStep::DeviceStep(const std::vector<parallel::Shard>& shards, at::Device de
       numbers_(make_step_numbers(device)),
       non_finite_(at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt))),
       void_(at::zeros({}, at::TensorOptions().device(device).dtype(at::kDouble))) {
+  if (options_.spikes.sigma) windows_2W_ = at::zeros({2, options_.spikes.window}, void_.options());
+  restore({.loss_scale = options_.loss_scale.start});
   if (ops::device_kernels()) cut_tiles(shards);
 }
 
@@ -89,10 +94,22 @@ void DeviceStep::set_step(double lr, bool is_void) {
   void_.copy_(pinned[1], /*non_blocking=*/true);
 }
 
-void DeviceStep::set_count(int64_t count) {
-  const Tensor pinned = device::accelerator()->empty_pinned({}, at::kLong);
-  *pinned.mutable_data_ptr<int64_t>() = count;
-  numbers_.count.copy_(pinned, /*non_blocking=*/true);
+void DeviceStep::restore(const DecisionState& state) {
+  const kernels::StepState made{.count = state.count,
+                                .loss_scale = state.loss_scale,
+                                .good_steps = state.good_steps,
+                                .taken = static_cast<int64_t>(state.losses.size())};
+  numbers_.bytes.copy_(to_device(&made, sizeof made));
+  if (!windows_2W_.defined() || state.losses.empty()) return;
+  const auto known = static_cast<int64_t>(state.losses.size());
+  CAPSTAN_CHECK(known <= windows_2W_.size(1) && state.norms.size() == state.losses.size(),
+                "windows of {} losses and {} norms, room for {}", known, state.norms.size(),
+                windows_2W_.size(1));
+  int64_t row = 0;
+  for (const auto* values : {&state.losses, &state.norms})
+    windows_2W_[row++]
+        .narrow(0, 0, known)
+        .copy_(to_device(values->data(), values->size() * sizeof(double)).view(at::kDouble));
 }
 
 Tensor sum_squares_by_aten(std::span<const parallel::Shard> shards, at::Device device) {
@@ -140,7 +157,7 @@ void DeviceStep::square(const Tiled& t, const Tensor& squares) {
 }
 
 void DeviceStep::open_updates() {
-  numbers_.gradient_scale.fill_(1.0 / options_.loss_scale);
+  numbers_.gradient_scale.fill_(1.0 / options_.loss_scale.start);
   numbers_.skip.copy_(void_);
   numbers_.count.add_(numbers_.skip.eq(0).to(at::kLong));
   non_finite_.zero_();
@@ -161,30 +178,76 @@ void DeviceStep::add_squares(size_t shard, const Tensor& sums) {
 void DeviceStep::close_updates() { numbers_.count.sub_(numbers_.skip.eq(0).to(at::kLong)); }
 
 void DeviceStep::decide(const Tensor& sums) {
-  using S = DeviceSums;
-  const Tensor flags = sums[S::kNonFiniteLoss] + sums[S::kNonFiniteGradient] + void_;
-  const Tensor broken = flags.gt(0).logical_or(sums[S::kLoss].isfinite().logical_not());
-  non_finite_[0].copy_(broken);
-  const double inverse = 1.0 / options_.loss_scale;
-  const Tensor squares = sums[S::kSquares];
-  if (const kernels::Api* const api = ops::device_kernels()) {
-    api->decide_step({.sum = squares.const_data_ptr<double>(),
-                      .non_finite = non_finite_.const_data_ptr<int32_t>(),
-                      .max_norm = options_.max_norm,
-                      .inverse_loss_scale = inverse,
-                      .state = static_cast<kernels::StepState*>(numbers_.bytes.mutable_data_ptr())},
-                     stream_of_now());
-    return;
+  const kernels::Api* const api = ops::device_kernels();
+  if (!api) return decide_by_aten(sums);
+  const LossScaleOptions& scale = options_.loss_scale;
+  kernels::DecideStepArgs args{
+      .sums = static_cast<const kernels::StepSums*>(sums.const_data_ptr()),
+      .is_void = void_.const_data_ptr<double>(),
+      .max_norm = options_.max_norm,
+      .loss_scale = {.interval = scale.dynamic ? scale.interval : 0,
+                     .growth = scale.growth,
+                     .backoff = scale.backoff,
+                     .smallest = scale.smallest,
+                     .largest = scale.largest},
+      .state = static_cast<kernels::StepState*>(numbers_.bytes.mutable_data_ptr())};
+  if (windows_2W_.defined()) {
+    args.spikes = {.sigma = *options_.spikes.sigma, .window = windows_2W_.size(1)};
+    args.windows = windows_2W_.mutable_data_ptr<double>();
   }
-  const Tensor norm = squares.sqrt().mul(inverse);
+  api->decide_step(args, stream_of_now());
+}
+
+void DeviceStep::decide_by_aten(const Tensor& sums) {
+  using S = DeviceSums;
+  const Tensor loss = sums[S::kLoss];
+  const Tensor norm = sums[S::kSquares].sqrt().div(numbers_.loss_scale);
+  const Tensor is_finite = loss.isfinite().logical_and(norm.isfinite());
+  const Tensor flags = sums[S::kNonFiniteLoss] + sums[S::kNonFiniteGradient];
+  const Tensor broken = is_finite.logical_not().logical_or(flags.gt(0));
   numbers_.norm.copy_(norm);
-  if (options_.max_norm > 0)
-    numbers_.gradient_scale.copy_(
-        norm.add(1e-6).reciprocal().mul(options_.max_norm).clamp_max(1.0).mul(inverse));
-  else
-    numbers_.gradient_scale.fill_(inverse);
-  numbers_.skip.copy_(non_finite_[0].ne(0).logical_or(norm.isfinite().logical_not()));
-  numbers_.count.add_(numbers_.skip.eq(0).to(at::kLong));
+  const Tensor clip = options_.max_norm > 0
+                          ? norm.add(1e-6).reciprocal().mul(options_.max_norm).clamp_max(1.0)
+                          : at::ones_like(norm);
+  numbers_.gradient_scale.copy_(clip.div(numbers_.loss_scale));
+  Tensor skips = broken.logical_or(void_.ne(0));
+  if (windows_2W_.defined())
+    skips = skips.logical_or(take_into_windows(at::stack({loss, norm}), skips.logical_not()));
+  numbers_.skip.copy_(skips);
+  numbers_.count.add_(skips.logical_not().to(at::kLong));
+  if (options_.loss_scale.dynamic) rescale(broken);
+}
+
+// Whether one of (loss, norm) is a spike; where `counts`, they enter the windows.
+Tensor DeviceStep::take_into_windows(const Tensor& values_2, const Tensor& counts) {
+  const int64_t W = windows_2W_.size(1);
+  const Tensor place_W = at::arange(W, numbers_.taken.options());
+  const Tensor known = numbers_.taken.clamp_max(W);
+  const Tensor is_known_W = place_W.lt(known);
+  const auto sum_known = [&](const Tensor& x_2W) {
+    return at::where(is_known_W, x_2W, 0.0).sum(1, /*keepdim=*/true);
+  };
+  const Tensor mean_21 = sum_known(windows_2W_).div(known);
+  const Tensor deviation_21 = sum_known(windows_2W_.sub(mean_21).square()).div(known.sub(1)).sqrt();
+  const Tensor least_21 = mean_21.abs().clamp_min(1.0).mul(1e-6);
+  const Tensor limit_2 =
+      mean_21.add(at::maximum(deviation_21, least_21), *options_.spikes.sigma).squeeze(1);
+  const Tensor judges = known.ge(std::max<int64_t>(2, W / 2));
+  const Tensor taken_2 = at::where(judges, at::minimum(values_2, limit_2), values_2);
+  const Tensor is_spike = judges.logical_and(values_2.gt(limit_2).any());
+  const Tensor enters_W = place_W.eq(numbers_.taken.remainder(W)).logical_and(counts);
+  windows_2W_.copy_(at::where(enters_W, taken_2.unsqueeze(1), windows_2W_));
+  numbers_.taken.add_(counts.to(at::kLong));
+  return is_spike;
+}
+
+void DeviceStep::rescale(const Tensor& broken) {
+  const LossScaleOptions& rule = options_.loss_scale;
+  const Tensor scale = numbers_.loss_scale, good_steps = numbers_.good_steps.add(1);
+  const Tensor grows = good_steps.ge(rule.interval);
+  const Tensor of_good = at::where(grows, scale.mul(rule.growth).clamp_max(rule.largest), scale);
+  scale.copy_(at::where(broken, scale.mul(rule.backoff).clamp_min(rule.smallest), of_good));
+  numbers_.good_steps.copy_(at::where(broken.logical_or(grows), 0, good_steps));
 }
 
 }  // namespace capstan::optim

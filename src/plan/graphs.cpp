@@ -35,11 +35,6 @@ void check_graphs(Draft& draft) {
     if (const auto obstacle = grouped_obstacle(r))
       refuse(true, "the host counts the rows of experts, as " + obstacle->why, obstacle->fix);
   }
-  refuse(r.optimizer.spike_skip.sigma.has_value(),
-         "optimizer.spike_skip.sigma is judged by the host in every step",
-         "Set optimizer.spike_skip.sigma: none");
-  refuse(r.precision.compute == "fp16" && !r.precision.loss_scale,
-         "the dynamic loss scale of fp16 is the host's", "Set precision.loss_scale");
   refuse(r.parallel.context.size > 1 && r.parallel.context.method == "ring" &&
              r.data.documents == "separate",
          "parallel.context.method ring leaves out parts of rows by where documents begin",

@@ -320,30 +320,5 @@ TEST_F(GradientNorm, NonFinite_IsFoundInTilesThatAreNotCounted) {
   EXPECT_EQ(norm_of(k16, {x}, ranges).non_finite, 1);
 }
 
-StepState decided(double sum, int32_t non_finite, double max_norm, double inverse_loss_scale) {
-  const Memory s = to_device<double>({sum}), f = to_device<int32_t>({non_finite});
-  const Memory state =
-      to_device<StepState>({{.lr = 0.5, .gradient_scale = 9, .count = 4, .skip = 1}});
-  api().decide_step({static_cast<const double*>(s.data()), static_cast<const int32_t*>(f.data()),
-                     max_norm, inverse_loss_scale, static_cast<StepState*>(state.data())},
-                    nullptr);
-  return from_device<StepState>(state);
-}
-
-TEST_F(GradientNorm, DecideStep_ClipsCountsAndSkips) {
-  const StepState clipped = decided(16.0, 0, 1.0, 0.5);
-  EXPECT_DOUBLE_EQ(clipped.norm, 2.0);
-  EXPECT_DOUBLE_EQ(clipped.gradient_scale, 0.5 / (2.0 + 1e-6));
-  EXPECT_EQ(clipped.count, 5);
-  EXPECT_EQ(clipped.skip, 0);
-  EXPECT_DOUBLE_EQ(clipped.lr, 0.5);
-  EXPECT_DOUBLE_EQ(decided(16.0, 0, 100.0, 1.0).gradient_scale, 1.0);
-  EXPECT_DOUBLE_EQ(decided(16.0, 0, 0.0, 1.0).gradient_scale, 1.0);
-  const StepState skipped = decided(NAN, 1, 1.0, 1.0);
-  EXPECT_EQ(skipped.count, 4);
-  EXPECT_EQ(skipped.skip, 1);
-  EXPECT_EQ(decided(INFINITY, 0, 1.0, 1.0).skip, 1);  // no part was, their sum is
-}
-
 }  // namespace
 }  // namespace capstan::kernels::test

@@ -30,6 +30,8 @@ std::vector<std::vector<std::string>> cases() {
           {"precision.compute=bf16"},
           {"parallel.recompute.mode=block"},
           {"optimizer.max_grad_norm=none"},
+          {"precision.compute=fp16"},
+          {"optimizer.spike_skip={sigma: 6.0, window: 4}"},
           {"model.family=gpt2", "model.num_key_value_heads=4", "data.documents=separate"},
           {"model.frozen=['*', '!*.1.*']"}};
 }
@@ -100,32 +102,51 @@ TEST_P(DeviceGraph, RecordingTakesNoMemory) {
   });
 }
 
+// Next token, with other weights in the fifth step.
+class SpoiltWeights final : public Objective {
+ public:
+  explicit SpoiltWeights(double factor) : factor_(factor) {}
+  double local_denominator(const std::vector<MicroBatch>& batches) const override {
+    return base_->local_denominator(batches);
+  }
+  Tensor weights(const MicroBatch& batch, double denominator) const override {
+    const bool is_fifth = calls_ / 4 == 4;
+    ++calls_;
+    return base_->weights(batch, denominator).mul(is_fifth ? factor_ : 1.0);
+  }
+  Tensor loss(const nn::TokenScores&, const MicroBatch&, double) const override { return {}; }
+
+ private:
+  double factor_;
+  mutable int64_t calls_ = 0;
+  std::unique_ptr<Objective> base_ = make_next_token_objective();
+};
+
 // The decision is in the graph: a launched step is skipped, the next one is not.
 TEST_P(DeviceGraph, LaunchedStepsAreSkipped) {
-  class SomeNaN final : public Objective {
-   public:
-    double local_denominator(const std::vector<MicroBatch>& batches) const override {
-      return base_->local_denominator(batches);
-    }
-    Tensor weights(const MicroBatch& batch, double denominator) const override {
-      const bool is_fifth = calls_ / 4 == 4;
-      ++calls_;
-      return base_->weights(batch, denominator)
-          .mul(is_fifth ? std::numeric_limits<double>::quiet_NaN() : 1.0);
-    }
-    Tensor loss(const nn::TokenScores&, const MicroBatch&, double) const override { return {}; }
-
-   private:
-    mutable int64_t calls_ = 0;
-    std::unique_ptr<Objective> base_ = make_next_token_objective();
+  struct Spoilt {
+    const char* override;
+    double factor;
+    const char* skipped;
   };
-  const testing::TinyHooks hooks{.hooks = {},
-                                 .objective = [](int) { return std::make_unique<SomeNaN>(); }};
-  const Trained plain = train_by({}, hooks);
-  const Trained graph = train_by({.graphs = true}, hooks);
-  EXPECT_EQ(graph.run.reports[4].skipped, "nonfinite loss");
-  EXPECT_EQ(graph.run.reports[5].skipped, "");
-  testing::expect_same_run(graph.run, plain.run, 0);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const Spoilt& spoilt :
+       {Spoilt{"run.seed=3", nan, "nonfinite loss"},
+        Spoilt{"precision.compute=fp16", nan, "nonfinite loss"},
+        Spoilt{"optimizer.spike_skip={sigma: 6.0, window: 4}", 100, "spike"}}) {
+    SCOPED_TRACE(spoilt.override);
+    const testing::TinyHooks hooks{.hooks = {}, .objective = [&](int) {
+                                     return std::make_unique<SpoiltWeights>(spoilt.factor);
+                                   }};
+    TinyRun run{.overrides = {spoilt.override}};
+    const Trained plain = train_by(run, hooks);
+    run.graphs = true;
+    const Trained graph = train_by(run, hooks);
+    EXPECT_EQ(graph.run.reports[4].skipped, spoilt.skipped);
+    EXPECT_EQ(graph.run.reports[5].skipped, "");
+    if (const auto& scale = graph.run.reports[6].loss_scale) EXPECT_EQ(*scale, 32768);
+    testing::expect_same_run(graph.run, plain.run, 0);
+  }
 }
 
 // Evaluation and a restore between launches read and write the same weights.
@@ -164,7 +185,8 @@ TEST_P(DeviceGraph, WhatChangesFromStepToStep_IsRefused) {
     EXPECT_THROW(engine.start_step(make_batches(engine.plan(), rank, 0), ByLoss()), ConfigError);
   });
   EXPECT_THROW(testing::with_engines(
-                   {.overrides = {"optimizer.spike_skip={sigma: 6.0, window: 16}"}, .graphs = true},
+                   {.overrides = {"parallel.zero.stage=1", "parallel.zero.offload=optimizer"},
+                    .graphs = true},
                    [](int, Engine&) {}),
                Error);
 }

@@ -149,6 +149,16 @@ std::vector<Spoilt> spoilt_runs() {
       {"NaN loss", {.steps = 5}, 4, losses},
       {"first and last", {.steps = 5}, 3, gradients({0, 4}, kNan)},
       {"squares that overflow", {.steps = 5}, 4, gradients({1}, huge)},
+      {"spike",
+       {.steps = 14, .overrides = {"optimizer.spike_skip={sigma: 6.0, window: 16}"}},
+       13,
+       gradients({12}, 1e6)},
+      {"spikes of a short window",
+       {.steps = 9,
+        .overrides = {"optimizer.spike_skip={sigma: 8.0, window: 4}",
+                      "optimizer.max_grad_norm=none"}},
+       6,
+       gradients({2, 4, 7}, 1e6)},
   };
 }
 
@@ -294,7 +304,8 @@ void expect_no_waits(const TinyRun& run) {
 TEST(Device, TheHostNeverWaitsInAStep) {
   for (const char* more :
        {"optimizer.max_grad_norm=1.0", "data.documents=separate", "precision.compute=bf16",
-        "parallel.recompute.mode=block", "optimizer.name=lion", "optimizer.name=sophia"}) {
+        "parallel.recompute.mode=block", "optimizer.name=lion", "optimizer.name=sophia",
+        "precision.compute=fp16", "optimizer.spike_skip={sigma: 6.0, window: 4}"}) {
     SCOPED_TRACE(more);
     expect_no_waits({.overrides = {more}});
     ops::install_device_kernels(&test::fake_kernels());
@@ -320,11 +331,14 @@ void expect_reports_late(const std::vector<std::string>& overrides, bool late) {
 
 TEST(Device, WhatTheHostDecides_IsKnownFromTheRecipe) {
   expect_reports_late({"run.seed=1"}, true);
-  expect_reports_late({"optimizer.spike_skip={sigma: 6.0, window: 16}"}, false);
-  expect_reports_late({"precision.compute=fp16"}, false);
+  expect_reports_late({"optimizer.spike_skip={sigma: 6.0, window: 16}"}, true);
+  expect_reports_late({"precision.compute=fp16"}, true);
   expect_reports_late({"precision.compute=fp16", "precision.loss_scale=128"}, true);
   expect_reports_late({"parallel.zero.stage=1", "parallel.zero.offload=optimizer"}, false);
   expect_reports_late({"model.family=moe", "model.experts.count=4"}, true);
+  expect_reports_late({"model.family=moe", "model.experts.count=4", "precision.compute=fp16",
+                       "model.experts.z_loss=0.001"},
+                      false);
 }
 
 // Skipped steps, decided on the device, against the CPU's.

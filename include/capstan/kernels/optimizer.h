@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AdamW, Lion and Sophia on flat buffers, the gradient norm, and the state of a step that lives on
 // the device so that the host never waits for it. Matches src/optim/flat_update.cpp,
-// src/optim/grad_norm.cpp.
+// src/optim/grad_norm.cpp and the rules of src/engine/step_control.cpp.
 #pragma once
 #include <span>
 #include <vector>
@@ -12,7 +12,8 @@
 
 namespace capstan::kernels {
 
-// In device memory. The host writes lr and the zeros at the start; decide_step writes the rest.
+// In device memory. The host writes lr, and all of it before the first step of a process;
+// decide_step writes the rest.
 struct StepState {
   double lr = 0;
   double gradient_scale = 1;  // clip factor / loss scale
@@ -20,6 +21,9 @@ struct StepState {
   int64_t count = 0;          // updates so far; bias correction uses the number of this one
   int32_t skip = 0;           // 1: optimizers do nothing
   int32_t padding = 0;
+  double loss_scale = 1;   // of the step at hand; behind decide_step that of the next one
+  int64_t good_steps = 0;  // in a row at that scale
+  int64_t taken = 0;       // steps that the windows of SpikeRule have taken in
 };
 
 // A piece of a flat buffer, so small that a block takes one. In device memory, made once.
@@ -129,13 +133,34 @@ struct SquaredNormArgs {
 };
 void squared_norm(const SquaredNormArgs& args, Stream stream);
 
-// After sum and non_finite are reduced over ranks. norm = sqrt(sum) inverse_loss_scale; the clip
-// factor is min(1, max_norm / (norm + 1e-6)), or 1 when max_norm is 0. A non-finite step is skipped
-// and not counted.
+// Of a step, added up over ranks. The flags are 0 where nothing was infinite or NaN.
+struct StepSums {
+  double loss = 0, squares = 0;  // squares of gradients with the loss scale in them
+  double non_finite_loss = 0, non_finite_gradient = 0;
+};
+// A step that is not finite takes the scale down, `interval` others in a row take it up. As
+// src/optim/loss_scale.cpp.
+struct LossScaleRule {
+  int64_t interval = 0;  // 0: the scale is fixed
+  double growth = 2, backoff = 0.5;
+  double smallest = 1, largest = 1;
+};
+// Deviations above the mean of a window of steps that make loss or norm a spike, to the bit as
+// src/optim/spike.cpp.
+struct SpikeRule {
+  double sigma = 0;
+  int64_t window = 0;  // steps; 0: none is a spike
+};
+// norm = sqrt(squares) / loss scale; the clip factor is min(1, max_norm / (norm + 1e-6)), or 1 when
+// max_norm is 0. A step that is void (no targets), not finite or a spike is skipped and not
+// counted.
 struct DecideStepArgs {
-  const double* sum = nullptr;
-  const int32_t* non_finite = nullptr;
-  double max_norm = 0, inverse_loss_scale = 1;
+  const StepSums* sums = nullptr;
+  const double* is_void = nullptr;  // 0 or 1
+  double max_norm = 0;
+  LossScaleRule loss_scale = {};
+  SpikeRule spikes = {};
+  double* windows = nullptr;  // [2, window]: losses and norms, value i of all at i % window
   StepState* state = nullptr;
 };
 void decide_step(const DecideStepArgs& args, Stream stream);

@@ -110,8 +110,9 @@ Api make_api() {
                                 &CA::curvature, &CA::codes, &CA::curvature_scale>;
   api.squared_norm =
       launch<SN, squared_norm, &SN::values, &SN::tiles, &SN::partial, &SN::sum, &SN::non_finite>;
-  api.decide_step = launch<DecideStepArgs, decide_step, &DecideStepArgs::sum,
-                           &DecideStepArgs::non_finite, &DecideStepArgs::state>;
+  api.decide_step =
+      launch<DecideStepArgs, decide_step, &DecideStepArgs::sums, &DecideStepArgs::is_void,
+             &DecideStepArgs::windows, &DecideStepArgs::state>;
   api.amax = launch<AmaxArgs, amax, &AmaxArgs::values, &AmaxArgs::amax>;
   api.fp8_scale = launch<Fp8ScaleArgs, fp8_scale, &Fp8ScaleArgs::amax, &Fp8ScaleArgs::scale,
                          &Fp8ScaleArgs::inverse_scale>;
