@@ -14,11 +14,15 @@ bool has_parts_of_rows(const plan::Plan& plan) {
   return plan.grid.sizes().cp > 1 && plan.resolved.parallel.context.method != "all_to_all";
 }
 
-// A window in a ring: the last chunk of keys that its chunk of queries still sees, if a window cuts
-// one.
-void cut_by_window(ops::AttentionCase& asked, int64_t ranks) {
-  const int64_t chunk = asked.keys / (2 * ranks), window = *asked.sliding_window;
-  const int64_t offset = (window + chunk - 1) / chunk * chunk;
+// The part of a ring that is hardest to compute, if not all are alike: the last chunk of keys that
+// its chunk of queries still sees, where a window cuts one, or any earlier one, where documents do.
+void cut_into_parts(ops::AttentionCase& asked, int64_t ranks) {
+  const int64_t chunk = asked.keys / (2 * ranks);
+  int64_t offset = asked.documents ? chunk : asked.keys;
+  if (asked.sliding_window) {
+    const int64_t cut = (*asked.sliding_window + chunk - 1) / chunk * chunk;
+    if (cut < asked.keys) offset = cut;
+  }
   if (offset >= asked.keys) return;
   asked.queries = asked.keys = chunk;
   asked.query_offset = offset;
@@ -39,15 +43,17 @@ ops::AttentionCase attention_case(const plan::Plan& plan, at::Device device) {
                            .keys = plan.batch.sequence_length,
                            .sliding_window = shape.sliding_window,
                            .documents = documents,
-                           .has_starts = documents && !has_parts_of_rows(plan)};
-  if (asked.sliding_window && has_parts_of_rows(plan)) cut_by_window(asked, plan.grid.sizes().cp);
+                           .has_starts = documents};
+  if (has_parts_of_rows(plan)) cut_into_parts(asked, plan.grid.sizes().cp);
   return asked;
 }
 
 bool uses_document_starts(const plan::Plan& plan, at::Device device) {
   ops::AttentionCase asked = attention_case(plan, device);
-  asked.documents = true;
-  asked.has_starts = !has_parts_of_rows(plan);
+  asked.documents = asked.has_starts = true;
+  // Rows, or the parts on the diagonal.
+  asked.keys = asked.queries;
+  asked.query_offset = 0;
   const ops::AttentionForm form = ops::choose_attention(asked).form;
   return form == ops::AttentionForm::kFlashDocuments ||
          form == ops::AttentionForm::kEfficientDocuments;

@@ -37,6 +37,18 @@ void check_shape(const Tensor& x, const std::string& what, const std::vector<int
   refuse("reading " + what, shape_of(x), fmt::format("[{}] of Long", fmt::join(shape, ", ")));
 }
 
+// What the host can say of the documents of a part of rows before the device has them.
+void note_documents(param::RowMap& part, int ranks) {
+  if (!part.first_key_BT.defined()) return;
+  const int64_t half = part.first_key_BT.size(1) / 2;
+  for (int64_t h = 0; h < 2; ++h)
+    part.lowest_first_key[static_cast<size_t>(h)] =
+        part.first_key_BT.narrow(1, h * half, half).min().item<int32_t>();
+  param::DocumentStarts& documents = part.documents;
+  if (documents.starts.defined())
+    documents.chunks_CE = param::chunk_starts(documents.starts, part.row_length, 2 * ranks);
+}
+
 Tensor pinned(const Tensor& x) {
   return device::accelerator()->empty_pinned(x.sizes(), x.scalar_type()).copy_(x);
 }
@@ -123,6 +135,7 @@ MicroBatch to_device(const MicroBatch& batch, at::Device device) {
   on_device.rows.positions_BT = moved(batch.rows.positions_BT);
   on_device.rows.first_key_BT = moved(batch.rows.first_key_BT);
   on_device.rows.documents.starts = moved(batch.rows.documents.starts);
+  on_device.rows.documents.chunks_CE = moved(batch.rows.documents.chunks_CE);
   // Read on the CPU, and by the experts on the device.
   if (batch.rows.row_index_T.defined()) on_device.rows.row_index_T = pinned(batch.rows.row_index_T);
   return on_device;
@@ -165,6 +178,7 @@ MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank) {
   batch.rows.positions_are_rows = false;
   batch.rows.row_index_T = parallel::context_row_index(T, ranks, rank);
   batch.rows.row_length = T;
+  note_documents(batch.rows, ranks);
   return batch;
 }
 

@@ -24,15 +24,27 @@ void set(Tensor& fixed, const Tensor& value) {
 }
 
 // Starts of fewer documents than there are places for are followed by more of their end.
-void set_documents(param::DocumentStarts& fixed, const param::DocumentStarts& made, int64_t places,
-                   const Tensor& ids_BT) {
+void set_starts(Tensor& fixed, const Tensor& made, int64_t places) {
+  if (!made.defined()) return;
+  auto sizes = made.sizes().vec();
+  const int64_t count = sizes.back();
+  sizes.back() = places;
+  if (!fixed.defined() || fixed.size(-1) < places) fixed = at::empty(sizes, made.options());
+  fixed.narrow(-1, 0, count).copy_(made);
+  const Tensor rest = fixed.narrow(-1, count, places - count);
+  rest.copy_(made.narrow(-1, count - 1, 1).expand_as(rest));
+}
+
+// A recording computes whatever documents could ask for.
+void set_documents(param::RowMap& fixed, const param::DocumentStarts& before, int64_t places,
+                   int64_t tokens) {
+  fixed.lowest_first_key = {};
+  const param::DocumentStarts made = fixed.documents;
   if (!made.starts.defined()) return;
-  if (!fixed.starts.defined() || fixed.starts.numel() < places)
-    fixed.starts = at::empty({places}, made.starts.options());
-  const int64_t count = made.starts.numel();
-  fixed.starts.narrow(0, 0, count).copy_(made.starts);
-  fixed.starts.narrow(0, count, places - count).fill_(ids_BT.numel());
-  fixed.longest = ids_BT.size(1);
+  fixed.documents = before;
+  set_starts(fixed.documents.starts, made.starts, places);
+  set_starts(fixed.documents.chunks_CE, made.chunks_CE, places);
+  fixed.documents.longest = fixed.row_length > 0 ? fixed.row_length : tokens;
 }
 
 // Places for starts of documents that a micro-batch takes at most.
@@ -148,11 +160,10 @@ void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<T
     set(fixed.targets_BT, made.targets_BT);
     set(positions_BT, made.rows.positions_BT);
     set(first_key_BT, made.rows.first_key_BT);
-    param::DocumentStarts documents = fixed.rows.documents;
-    set_documents(documents, made.rows.documents, places_, made.ids_BT);
+    const param::DocumentStarts before = fixed.rows.documents;
     const Tensor row_index_T = fixed.rows.row_index_T;
     fixed.rows = made.rows;
-    fixed.rows.documents = documents;
+    set_documents(fixed.rows, before, places_, made.ids_BT.size(1));
     if (row_index_T.defined()) fixed.rows.row_index_T = row_index_T;  // the same in every step
     fixed.rows.positions_BT = positions_BT;
     fixed.rows.first_key_BT = first_key_BT;

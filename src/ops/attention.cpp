@@ -125,6 +125,11 @@ void check_call(const Call& call) {
   CAPSTAN_CHECK(!starts.defined() || (first.defined() && starts.dim() == 1 && starts.numel() > 1 &&
                                       starts.scalar_type() == at::kInt && starts.is_contiguous()),
                 "attention: starts of documents must be int32, beside first keys");
+  const Tensor& of_queries = call.mask.query_starts;
+  CAPSTAN_CHECK(
+      !of_queries.defined() || (starts.defined() && of_queries.sizes() == starts.sizes() &&
+                                of_queries.scalar_type() == at::kInt && of_queries.is_contiguous()),
+      "attention: starts of documents among queries must be as those among keys");
 }
 
 // q, k, v (or their gradients) as views of the merged tensor.

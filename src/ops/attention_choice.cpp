@@ -31,11 +31,13 @@ bool device_has(const c10::Device& device, const c10::OperatorHandle& op) {
                                                      : c10::DispatchKey::PrivateUse1);
 }
 
+bool is_square(const AttentionCase& c) { return c.query_offset == 0 && c.queries == c.keys; }
+
 // Of a device, once type and heads are right for its kernels.
 AttentionChoice choose_by_mask(const AttentionCase& c, AttentionForm rows, AttentionForm documents,
-                               const char* why_not) {
+                               bool has_documents, const char* why_not) {
   if (c.documents) {
-    if (c.has_starts && c.query_offset == 0 && c.queries == c.keys) return {documents, "", ""};
+    if (c.has_starts && has_documents) return {documents, "", ""};
     return reference("documents are separate and rows are in parts",
                      "Set data.documents: joined, or parallel.context.method: all_to_all");
   }
@@ -48,8 +50,9 @@ AttentionChoice choose_for_fp32(const AttentionCase& c) {
     return reference(fmt::format("heads of {} numbers, the kernel for fp32 takes multiples of {}",
                                  c.head_size, kEfficientHeadStep),
                      "Set model.head_dim to one");
+  // Its loop over keys writes the results, so each query needs one in its document.
   return choose_by_mask(
-      c, AttentionForm::kEfficient, AttentionForm::kEfficientDocuments,
+      c, AttentionForm::kEfficient, AttentionForm::kEfficientDocuments, is_square(c),
       efficient_mask(c) ? nullptr : "a part of a row that a window or a later start cuts");
 }
 
@@ -96,6 +99,15 @@ std::optional<FlashBand> flash_band(const AttentionCase& c) {
   return FlashBand{left, shift};
 }
 
+// In an earlier chunk the one document that goes on has the last keys and the first queries: a
+// window from the last key would move with their number.
+std::optional<FlashBand> flash_document_band(const AttentionCase& c) {
+  if (is_square(c)) return flash_band(c);
+  const bool is_cut = c.sliding_window && *c.sliding_window < c.query_offset + c.queries;
+  if (c.query_offset < c.keys || is_cut) return std::nullopt;
+  return FlashBand{-1, -1};
+}
+
 // Its backward measures a window from the first key, so rows with one are whole.
 std::optional<EfficientMask> efficient_mask(const AttentionCase& c) {
   const int64_t shift = c.keys - c.queries;
@@ -125,7 +137,7 @@ AttentionChoice choose_attention(const AttentionCase& c) {
                     c.head_size, kFlashHeadStep, kFlashHeadSize),
         "Set model.head_dim to one");
   return choose_by_mask(
-      c, AttentionForm::kFlash, AttentionForm::kFlashDocuments,
+      c, AttentionForm::kFlash, AttentionForm::kFlashDocuments, flash_document_band(c).has_value(),
       flash_band(c) ? nullptr : "a part of a row has queries that see none of its keys");
 }
 

@@ -123,7 +123,8 @@ Tensor ParallelSeams::attend(const nn::Context& context, int layer, const Tensor
       .heads = {in.query_heads, in.key_value_heads, in.head_size, in.spec.scale},
       .sliding_window = in.spec.sliding_window,
       .first_key_Bt = context.rows->first_key_BT,
-      .documents = context.rows->documents};
+      .documents = context.rows->documents,
+      .lowest_first_key = context.rows->lowest_first_key};
   const Tensor turned_BTX = turn_heads(context, layer, qkv_BTX, in);
   return options_.all_to_all ? all_to_all_attention(call, turned_BTX)
                              : ring_attention(call, turned_BTX);

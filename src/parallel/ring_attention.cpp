@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "capstan/base/check.h"
@@ -43,20 +44,35 @@ class Ring {
   [[nodiscard]] ops::AttentionMask mask_of(const RingBlock& block) const {
     ops::AttentionMask mask{.query_offset = block.query_offset};
     if (block.windowed) mask.sliding_window = call_.sliding_window;
-    if (block.documents)
-      mask.first_key_BT =
-          (call_.first_key_Bt.narrow(1, block.query_begin, block.queries) - block.key_row)
-              .contiguous();
+    if (block.documents) add_documents(mask, block);
     return mask;
   }
 
  private:
+  void add_documents(ops::AttentionMask& mask, const RingBlock& block) const {
+    mask.first_key_BT =
+        (call_.first_key_Bt.narrow(1, block.query_begin, block.queries) - block.key_row)
+            .contiguous();
+    const Tensor& starts_CE = call_.documents.chunks_CE;
+    if (!starts_CE.defined()) return;
+    const int64_t chunk = mask_.row_length / starts_CE.size(0);
+    const int64_t of_keys = block.key_row / chunk, ahead = block.query_offset / chunk;
+    mask.documents = {starts_CE[of_keys], std::min(call_.documents.longest, chunk), {}};
+    if (ahead > 0) mask.query_starts = starts_CE[of_keys + ahead];
+  }
+
+  // On a device the host does not wait to see them: every part may be cut by documents, and it is
+  // left out where the host knew before that nobody sees it.
   void read_first_keys(int64_t tokens) {
     const Tensor& first = call_.first_key_Bt;
     CAPSTAN_CHECK(first.dim() == 2 && first.size(1) == tokens && first.scalar_type() == at::kInt,
                   "ring attention: first_key must be int32 [B, {}]", tokens);
     if (first.numel() == 0) return;
     for (size_t half = 0; half < 2; ++half) {
+      if (!first.is_cpu()) {
+        mask_.first_keys[half] = {call_.lowest_first_key[half], mask_.row_length};
+        continue;
+      }
       const Tensor part = first.narrow(1, static_cast<int64_t>(half) * (tokens / 2), tokens / 2);
       mask_.first_keys[half] = {part.min().item<int32_t>(), part.max().item<int32_t>()};
     }

@@ -7,6 +7,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 
 #include "capstan/comm/communicator.h"
@@ -21,7 +22,8 @@ struct ContextAttention {
   ops::AttentionHeads heads;
   std::optional<int64_t> sliding_window;
   Tensor first_key_Bt;              // int32, index into the whole row; undefined: joined
-  param::DocumentStarts documents;  // of the whole rows; the ring has parts and cannot use them
+  param::DocumentStarts documents;  // of the whole rows, and of the chunks of the ring
+  std::array<int64_t, 2> lowest_first_key = {0, 0};  // RowMap's
 };
 
 // qkv holds q, k, v side by side, turned; returns [B, t, N*H]. Every rank runs every hop, masked or

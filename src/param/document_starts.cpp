@@ -48,7 +48,18 @@ DocumentStarts document_starts(const Tensor& first_key) {
   for (size_t i = 0; i < starts.size(); ++i)
     longest = std::max<int64_t>(longest, (i + 1 < starts.size() ? starts[i + 1] : end) - starts[i]);
   starts.resize(std::bit_ceil(starts.size()) + 1, end);
-  return {at::tensor(starts, at::kInt), longest};
+  return {at::tensor(starts, at::kInt), longest, {}};
+}
+
+Tensor chunk_starts(const Tensor& starts, int64_t row_length, int64_t chunks) {
+  CAPSTAN_CHECK(starts.dim() == 1 && starts.is_cpu() && starts.scalar_type() == at::kInt &&
+                    chunks > 0 && row_length % chunks == 0,
+                "documents: starts must be int32 on the CPU, and {} tokens fall into {} chunks",
+                row_length, chunks);
+  const int64_t length = row_length / chunks;
+  const Tensor row_E = starts.div(row_length, "floor"), place_E = starts.remainder(row_length);
+  const Tensor begin_C1 = at::arange(0, row_length, length, at::kInt).unsqueeze(1);
+  return (place_E - begin_C1).clamp(0, length).add_(row_E * length).contiguous();
 }
 
 }  // namespace capstan::param

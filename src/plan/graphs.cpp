@@ -35,10 +35,6 @@ void check_graphs(Draft& draft) {
     if (const auto obstacle = grouped_obstacle(r))
       refuse(true, "the host counts the rows of experts, as " + obstacle->why, obstacle->fix);
   }
-  refuse(r.parallel.context.size > 1 && r.parallel.context.method == "ring" &&
-             r.data.documents == "separate",
-         "parallel.context.method ring leaves out parts of rows by where documents begin",
-         "Set parallel.context.method: all_to_all or data.documents: joined");
   refuse(r.parallel.zero.offload != "none" || r.parallel.offload_activations,
          "a graph with parallel.zero.offload or parallel.offload_activations" + not_yet,
          "Set parallel.zero.offload: none and parallel.offload_activations: false");

@@ -47,19 +47,23 @@ struct Case {
   }
 };
 std::vector<Case> cases() {
-  const std::string two = "parallel.context.size=2";
+  const std::string two = "parallel.context.size=2", four = "parallel.context.size=4";
+  const std::string longer = "batch.sequence_length=48";
   return {
       {"documents", 1, {kSeparate}, true},
       {"window", 1, {kSeparate, "model.sliding_window=5"}, true},
       {"recompute", 1, {kSeparate, "parallel.recompute.mode=block"}, true},
       {"offload", 1, {kSeparate, "parallel.offload_activations=true"}, true},
       {"all to all", 2, {kSeparate, two, "parallel.context.method=all_to_all"}, true},
-      {"ring", 2, {kSeparate, two}, false},
+      {"ring", 2, {kSeparate, two}, true},
+      {"ring of four", 4, {kSeparate, four, longer}, true},
+      {"ring, window", 2, {kSeparate, two, "model.sliding_window=5"}, true},
+      {"ring, recompute", 2, {kSeparate, two, "parallel.recompute.mode=block"}, true},
       {"fp32", 1, {}, true, true},
       {"fp32, window", 1, {"model.sliding_window=5"}, true, true},
       {"fp32, documents", 1, {kSeparate}, true, true},
       {"fp32, documents and window", 1, {kSeparate, "model.sliding_window=5"}, true, true},
-      {"fp32, ring", 2, {two}, false, true},
+      {"fp32, ring", 2, {two}, true, true},
       {"fp32, all to all", 2, {kSeparate, two, "parallel.context.method=all_to_all"}, true, true}};
 }
 
@@ -67,7 +71,8 @@ std::vector<Case> cases() {
 TinyRun on_one_rank(const Case& c) {
   TinyRun run{.overrides = c.in_type({})};
   for (const std::string& set : c.overrides)
-    if (set.starts_with("model.") || set == kSeparate) run.overrides.push_back(set);
+    if (set.starts_with("model.") || set.starts_with("batch.") || set == kSeparate)
+      run.overrides.push_back(set);
   return run;
 }
 
@@ -122,20 +127,34 @@ TEST(DeviceAttention, RunsAreCloseToThoseOfTheCpu) {
   }
 }
 
+void expect_no_waits(Engine& engine, int rank) {
+  const test::BackwardOnThisThread here;
+  const auto objective = make_next_token_objective();
+  int64_t waits = 0;
+  for (int step = 0; step < 6; ++step) {
+    if (step == 2) waits = test::host_syncs_of_thread();
+    engine.start_step(make_batches(engine.plan(), rank, step), *objective);
+    if (engine.unreported_steps() > 1) (void)engine.finish_step();
+  }
+  waits = test::host_syncs_of_thread() - waits;
+  EXPECT_EQ(waits, 0) << test::last_host_syncs(waits);
+  (void)engine.finish_step();
+}
+
 TEST(DeviceAttention, TheHostNeverWaitsForDocuments) {
-  testing::with_engines({.overrides = narrow({kSeparate})}, [](int rank, Engine& engine) {
-    const test::BackwardOnThisThread here;
-    const auto objective = make_next_token_objective();
-    int64_t waits = 0;
-    for (int step = 0; step < 6; ++step) {
-      if (step == 2) waits = test::host_syncs();
-      engine.start_step(make_batches(engine.plan(), rank, step), *objective);
-      if (engine.unreported_steps() > 1) (void)engine.finish_step();
-    }
-    waits = test::host_syncs() - waits;
-    EXPECT_EQ(waits, 0) << test::last_host_syncs(waits);
-    (void)engine.finish_step();
-  });
+  testing::with_engines({.overrides = narrow({kSeparate})},
+                        [](int rank, Engine& engine) { expect_no_waits(engine, rank); });
+  // By kernels, and by the reference, which fp64 takes.
+  for (const char* type : {"bf16", "fp64"}) {
+    TinyRun run{.ranks = 2, .overrides = narrow({kSeparate, "parallel.context.size=2"})};
+    run.overrides.front() = std::string("precision.compute=") + type;
+    const plan::Plan plan = testing::make_tiny_plan(run);
+    test::run_device_ranks(2, [&](const comm::Communicator& world) {
+      mesh::Mesh mesh(world, plan.grid);
+      Engine engine(plan, mesh);
+      expect_no_waits(engine, 0);
+    });
+  }
 }
 
 // Documents of `length` tokens each.
@@ -199,21 +218,28 @@ TEST(DeviceAttention, TheReferenceInBf16IsAWarning) {
   ASSERT_EQ(odd.size(), 1U);
   EXPECT_THAT(odd[0].text, HasSubstr("heads of 20"));
   EXPECT_THAT(odd[0].text, HasSubstr("Set model.head_dim"));
-  const auto ring =
-      warnings_of({.ranks = 2, .overrides = narrow({kSeparate, "parallel.context.size=2"})});
-  ASSERT_EQ(ring.size(), 1U);
-  EXPECT_THAT(ring[0].text, HasSubstr("parallel.context.method: all_to_all"));
+  TinyRun ring{.ranks = 2, .overrides = narrow({kSeparate, "parallel.context.size=2"})};
+  EXPECT_THAT(warnings_of(ring), IsEmpty());
+  ring.overrides.front() = "precision.compute=fp32";
+  const auto in_fp32 =
+      ops::choose_attention(attention_case(testing::make_tiny_plan(ring), device::run_device()));
+  EXPECT_EQ(in_fp32.form, ops::AttentionForm::kReference);
+  EXPECT_THAT(in_fp32.fix, HasSubstr("parallel.context.method: all_to_all"));
 }
 
 TEST(DeviceAttention, AWindowInARingIsAWarning_WhereItCutsAPart) {
-  const auto warnings = [](const char* window) {
+  const auto warnings = [](const char* window, const char* documents = "data.documents=joined") {
     return warnings_of({.ranks = 2,
-                        .overrides = narrow({"parallel.context.size=2",
+                        .overrides = narrow({"parallel.context.size=2", documents,
                                              std::string("model.sliding_window=") + window})});
   };
   ASSERT_EQ(warnings("5").size(), 1U);  // chunks of 3 tokens
   EXPECT_THAT(warnings("5")[0].text, HasSubstr("parallel.context.method: all_to_all"));
   EXPECT_THAT(warnings("12"), IsEmpty());
+  const auto separate = warnings("5", "data.documents=separate");
+  ASSERT_EQ(separate.size(), 1U);
+  EXPECT_THAT(separate[0].text, HasSubstr("documents are separate"));
+  EXPECT_THAT(warnings("12", "data.documents=separate"), IsEmpty());
 }
 
 TEST(DeviceAttention, StartsAreFoundWhereTheyAreRead) {
@@ -224,7 +250,7 @@ TEST(DeviceAttention, StartsAreFoundWhereTheyAreRead) {
   EXPECT_TRUE(uses({.overrides = narrow()}));
   EXPECT_TRUE(uses({.overrides = {"precision.compute=fp32", "model.head_dim=16"}}));
   EXPECT_FALSE(uses({.overrides = {kSeparate}}));
-  EXPECT_FALSE(uses({.ranks = 2, .overrides = narrow({"parallel.context.size=2"})}));
+  EXPECT_TRUE(uses({.ranks = 2, .overrides = narrow({"parallel.context.size=2"})}));
   EXPECT_FALSE(uses_document_starts(testing::make_tiny_plan({.overrides = narrow()}), at::kCPU));
 }
 

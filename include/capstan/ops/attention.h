@@ -18,8 +18,11 @@ struct AttentionMask {
   int64_t query_offset = 0;               // key index of query 0: tokens cached before this pass
   std::optional<int64_t> sliding_window;  // keys seen, own position included
   Tensor first_key_BT;                    // int32, index of a key; undefined = 0
-  // What first_key_BT says, for kernels of variable lengths; may be undefined. Whole rows alone.
+  // What first_key_BT says, for kernels of variable lengths; may be undefined. Of whole rows, or of
+  // one chunk of each that has all keys, and query_starts of the one that has all queries, where
+  // that is another.
   param::DocumentStarts documents;
+  Tensor query_starts;
 };
 
 struct AttentionHeads {

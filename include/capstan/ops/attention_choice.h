@@ -37,7 +37,7 @@ struct AttentionCase {
   int64_t query_offset = 0;               // as in AttentionMask
   std::optional<int64_t> sliding_window;  // keys
   bool documents = false;                 // queries have first keys
-  bool has_starts = false;                // and the starts of their documents are known
+  bool has_starts = false;                // and those of documents are known, of keys and queries
 };
 struct AttentionChoice {
   AttentionForm form = AttentionForm::kReference;
@@ -56,6 +56,9 @@ struct FlashBand {
   int64_t left = -1, right = 0;
 };
 [[nodiscard]] std::optional<FlashBand> flash_band(const AttentionCase& c);
+// The same of each document, whose queries and keys are those within two chunks of a row, with the
+// diagonal that ends at its last key there; right < 0 = all.
+[[nodiscard]] std::optional<FlashBand> flash_document_band(const AttentionCase& c);
 
 // What the memory-efficient kernel is to take in its place: a diagonal from the first key or to the
 // last, or none, and a window of keys that end there, 0 = all.

@@ -5,6 +5,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -27,10 +28,16 @@ struct DocumentStarts {
   // int32: the first token of each document among the B*T of the micro-batch, then B*T, repeated.
   Tensor starts;
   int64_t longest = 0;  // tokens; no document has more
+  // Of rows cut into C equal chunks: row c has the starts of what lies in chunk c of each row,
+  // among the tokens of all those chunks. What has no token there is empty. Undefined: rows are
+  // whole.
+  Tensor chunks_CE;
 };
 // From first_key_BT on the CPU (RowMap). Room for a power of two of documents, so that shapes are
 // few. Throws DataError for keys that are no documents' starts.
 [[nodiscard]] DocumentStarts document_starts(const Tensor& first_key_BT);
+// DocumentStarts::chunks_CE; `chunks` divides the tokens of a row.
+[[nodiscard]] Tensor chunk_starts(const Tensor& starts_E, int64_t row_length, int64_t chunks);
 
 // Which global token each local token is.
 struct RowMap {
@@ -44,6 +51,8 @@ struct RowMap {
   // Context parallel: a rank holds parts of each row.
   Tensor row_index_T;  // int64, place of each local token in the whole row; undefined = 0 .. T-1
   int64_t row_length = 0;  // tokens of the whole row; 0 = those held here
+  // Of the two halves of what is held here: no row has a first key before it. 0 leaves it open.
+  std::array<int64_t, 2> lowest_first_key = {0, 0};
 };
 
 // Keys and values of earlier tokens, per layer. Implemented by infer.

@@ -32,16 +32,22 @@ class Layouts : public ::testing::Environment {
   void SetUp() override {
     const auto count = read_env_int("CAPSTAN_DEVICE_LAYOUTS", 1, 100'000).value_or(20);
     std::mt19937_64 random(11);
-    while (static_cast<int64_t>(drawn().size()) < count) {
-      auto layout = draw_case(random, {}, 1000, 8);
-      if (!layout) continue;
-      const ReferenceRun& reference = references_.of(*layout);
-      if (!is_on_edge(reference)) drawn().push_back({*layout, &reference});
-    }
+    while (static_cast<int64_t>(drawn().size()) < count) draw(random, {});
+    // Seldom among free draws.
+    for (const char* ranks : {"2", "4", "2", "4"})
+      for (const auto before = drawn().size(); drawn().size() == before;)
+        draw(random, {{"cp", ranks}, {"method", "ring"}, {"documents", "separate"}});
     install_fake_device();
   }
 
  private:
+  void draw(std::mt19937_64& random, const Fixed& fixed) {
+    const auto layout = draw_case(random, fixed, 1000, 8);
+    if (!layout) return;
+    const ReferenceRun& reference = references_.of(*layout);
+    if (!is_on_edge(reference)) drawn().push_back({*layout, &reference});
+  }
+
   References references_;
 };
 const auto* const layouts = ::testing::AddGlobalTestEnvironment(new Layouts);

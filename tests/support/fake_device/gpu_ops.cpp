@@ -78,6 +78,11 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
     TORCH_CHECK(x.scalar_type() == q.scalar_type() && x.stride(-1) == 1 &&
                     x.size(-1) == q.size(-1) && x.dim() == q.dim(),
                 "FlashAttention: inputs that differ, or heads with gaps");
+  // Loads are of 16 bytes.
+  for (const Tensor& x : {q, k, v})
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
+                    x.stride(-2) % 8 == 0 && x.stride(-3) % 8 == 0,
+                "FlashAttention: data that is not aligned, strides ", x.strides());
   TORCH_CHECK(q.size(-1) % 8 == 0 && q.size(-1) <= 256, "FlashAttention: heads of ", q.size(-1));
   TORCH_CHECK(q.size(-2) % k.size(-2) == 0, "FlashAttention: heads do not divide");
 }
@@ -91,8 +96,8 @@ std::vector<Sequence> rows(const Tensor& q, const Tensor& k, int64_t max_q, int6
 
 // The library drops what lies behind a maximum that is too small, leaves what no sequence covers
 // unwritten, and takes sequences of one query for those of decoding.
-std::vector<Sequence> cumulated(const Tensor& q, const Tensor& starts_q, const Tensor& starts_k,
-                                int64_t max_q, int64_t max_k) {
+std::vector<Sequence> cumulated(const Tensor& q, const Tensor& k, const Tensor& starts_q,
+                                const Tensor& starts_k, int64_t max_q, int64_t max_k) {
   TORCH_CHECK(q.dim() == 3, "FlashAttention: [tokens, heads, size] with lengths");
   for (const Tensor& x : {starts_q, starts_k})
     TORCH_CHECK(x.scalar_type() == at::kInt && x.dim() == 1 && x.is_contiguous() && x.numel() > 1,
@@ -108,7 +113,9 @@ std::vector<Sequence> cumulated(const Tensor& q, const Tensor& starts_q, const T
     TORCH_CHECK(s.queries >= 0 && s.queries <= max_q && s.keys >= 0 && s.keys <= max_k,
                 "FlashAttention: a sequence of ", s.queries, " queries, at most ", max_q);
   }
-  TORCH_CHECK(list.front().query == 0 && list.back().query + list.back().queries == q.size(0),
+  const Sequence &first = list.front(), &last = list.back();
+  TORCH_CHECK(first.query == 0 && last.query + last.queries == q.size(0) && first.key == 0 &&
+                  last.key + last.keys == k.size(0),
               "FlashAttention: sequences do not cover the tokens");
   return list;
 }
@@ -118,8 +125,9 @@ Flash make_flash(const Tensor& q, const Tensor& k, const MaybeTensor& starts_q,
                  const std::optional<double>& scale, std::optional<int64_t> left,
                  std::optional<int64_t> right) {
   const bool has_starts = starts_q && starts_q->defined();
-  return {has_starts ? cumulated(q, *starts_q, *starts_k, max_q, max_k) : rows(q, k, max_q, max_k),
-          left.value_or(-1), causal ? 0 : right.value_or(-1), scale.value()};
+  return {
+      has_starts ? cumulated(q, k, *starts_q, *starts_k, max_q, max_k) : rows(q, k, max_q, max_k),
+      left.value_or(-1), causal ? 0 : right.value_or(-1), scale.value()};
 }
 
 Tensor tokens_GNH(const Tensor& x) { return x.dim() == 4 ? x.flatten(0, 1) : x; }
@@ -190,7 +198,7 @@ struct Seen {
 // Rows of one sequence, summed over the heads that share them.
 void write(const Tensor& x_GKH, int64_t first, const Tensor& x_NTH) {
   const int64_t tokens = x_NTH.size(1), own = x_GKH.size(1);
-  const Tensor summed = x_NTH.view({own, x_NTH.size(0) / own, tokens, -1}).sum(1);
+  const Tensor summed = x_NTH.view({own, x_NTH.size(0) / own, tokens, x_NTH.size(2)}).sum(1);
   x_GKH.narrow(0, first, tokens).copy_(summed.transpose(0, 1));
 }
 
@@ -238,8 +246,9 @@ Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, co
   const Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
   const Flat into{tokens_GNH(dq), tokens_GNH(dk), tokens_GNH(dv)};
+  // Keys without queries get gradients of 0, and queries without keys.
   for (const Sequence& s : flash.sequences)
-    if (s.queries > 0) sequence_backward(flash, s, in, seen, into);
+    if (s.queries + s.keys > 0) sequence_backward(flash, s, in, seen, into);
   return {dq, dk, dv};
 }
 

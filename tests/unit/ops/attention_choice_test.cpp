@@ -37,6 +37,12 @@ TEST(AttentionChoice, GpusTakeFlashAttentionWhereItIsRight) {
   EXPECT_EQ(form([](auto& c) { c.head_size = 256; }), Form::kFlash);
   EXPECT_EQ(form([](auto& c) { c.documents = c.has_starts = true; }), Form::kFlashDocuments);
   EXPECT_EQ(form([](auto& c) { c.query_offset = 128; }), Form::kFlash);
+  EXPECT_EQ(form([](auto& c) {
+              c.documents = c.has_starts = true;
+              c.query_offset = 256;
+              c.sliding_window = 384;
+            }),
+            Form::kFlashDocuments);
 }
 
 TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
@@ -57,6 +63,13 @@ TEST(AttentionChoice, TheReferenceSaysWhyAndWhatToChange) {
         c.documents = c.has_starts = true;
         c.keys = 256;
         c.query_offset = 128;
+      },
+      "in parts", "data.documents: joined");
+  expect(
+      [](auto& c) {
+        c.documents = c.has_starts = true;
+        c.query_offset = 128;
+        c.sliding_window = 255;
       },
       "in parts", "data.documents: joined");
   expect([](auto& c) { c.query_offset = -1; }, "see none", "all_to_all");
@@ -87,6 +100,8 @@ TEST(AttentionChoice, Fp32TakesTheMemoryEfficientKernelWhereItIsRight) {
   expect([](auto& c) { c.dtype = at::kDouble; }, "not in fp64", "precision.compute: bf16");
   expect([](auto& c) { c.head_size = 18; }, "multiples of 4", "model.head_dim");
   expect([](auto& c) { c.documents = true; }, "in parts", "all_to_all");
+  expect([](auto& c) { c.documents = c.has_starts = true, c.query_offset = 128; }, "in parts",
+         "all_to_all");
   expect([](auto& c) { c.query_offset = -1; }, "later start", "all_to_all");
 }
 
@@ -170,6 +185,38 @@ TEST(AttentionChoice, BandsMeanTheMask) {
           EXPECT_EQ(band.has_value(), all_see && ends_last);
         }
   EXPECT_GT(bands, 100);
+}
+
+// A document that begins at a token of the row [0, 3 T), in parts of T queries and T keys: among
+// its own queries and keys the band says what the mask says.
+TEST(AttentionChoice, BandsOfDocumentsMeanTheMask) {
+  constexpr int64_t kChunk = 4;
+  int bands = 0;
+  for (const int64_t ahead : {0, 1, 2})
+    for (int64_t window = 0; window < 14; ++window) {
+      AttentionCase c{.queries = kChunk, .keys = kChunk, .query_offset = ahead * kChunk};
+      if (window > 0) c.sliding_window = window;
+      const auto band = flash_document_band(c);
+      bands += band.has_value();
+      EXPECT_EQ(band.has_value(), ahead == 0 || window == 0 || window >= (ahead + 1) * kChunk);
+      if (!band) continue;
+      for (int64_t begin = 0; begin < 3 * kChunk; ++begin)
+        for (int64_t end = begin + 1; end <= 3 * kChunk; ++end) {
+          const auto clip = [&](int64_t place) { return std::clamp<int64_t>(place, 0, kChunk); };
+          const int64_t k_begin = clip(begin), k_end = clip(end);
+          const int64_t q_begin = clip(begin - c.query_offset), q_end = clip(end - c.query_offset);
+          for (int64_t t = q_begin; t < q_end; ++t)
+            for (int64_t s = k_begin; s < k_end; ++s) {
+              const int64_t last = t + c.query_offset;
+              const bool by_mask = s <= last && (window == 0 || s > last - window);
+              const int64_t beside = (s - k_end) - (t - q_end);
+              const bool by_band = (band->right < 0 || beside <= band->right) &&
+                                   (band->left < 0 || beside >= -band->left);
+              EXPECT_EQ(by_mask, by_band) << ahead << " " << window << " " << begin << " " << end;
+            }
+        }
+    }
+  EXPECT_GT(bands, 20);
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ Tensor plain(const Tensor& x) { return x.to(at::kCPU, at::kFloat); }
 Call on_device(Call call) {
   call.mask.first_key_BT = on_device(call.mask.first_key_BT);
   call.mask.documents.starts = on_device(call.mask.documents.starts);
+  call.mask.query_starts = on_device(call.mask.query_starts);
   return {on_device(call.q_BTNH), on_device(call.k_BSKH), on_device(call.v_BSKH), call.scale,
           call.mask};
 }
@@ -127,6 +128,57 @@ TEST(GpuAttention, DocumentsAndWindowsMatchTheReference) {
       compare_documents(divisions()[1], window, at::kHalf, key_heads);
 }
 
+// Queries of one chunk of each row and keys of another, or of the same.
+struct Part {
+  int64_t queries, keys;  // chunks
+};
+constexpr int64_t kChunk = 16, kChunks = 4;
+
+AttentionMask part_of(const std::vector<std::vector<int64_t>>& division, const Part& part) {
+  const AttentionMask rows = documents(division, kChunks * kChunk);
+  const Tensor chunks_CE = param::chunk_starts(rows.documents.starts, kChunks * kChunk, kChunks);
+  AttentionMask mask{.query_offset = (part.queries - part.keys) * kChunk};
+  mask.first_key_BT =
+      (rows.first_key_BT.narrow(1, part.queries * kChunk, kChunk) - part.keys * kChunk)
+          .contiguous();
+  mask.documents = {chunks_CE[part.keys], std::min(rows.documents.longest, kChunk), {}};
+  if (part.queries != part.keys) mask.query_starts = chunks_CE[part.queries];
+  return mask;
+}
+
+// Of the kernel for fp32 the diagonal ones alone, of windows that cut a part the same.
+void compare_parts(const std::vector<std::vector<int64_t>>& division, int64_t window,
+                   at::ScalarType dtype) {
+  const auto rows = static_cast<int64_t>(division.size());
+  const bool is_fp32 = dtype == at::kFloat;
+  for (int64_t q = 0; q < kChunks; ++q)
+    for (int64_t k = 0; k <= q; ++k) {
+      SCOPED_TRACE(fmt::format("{} documents in the first row, queries of chunk {}, keys of {}, {}",
+                               division[0].size(), q, k, at::toString(dtype)));
+      AttentionMask mask = part_of(division, {q, k});
+      if (window > 0) mask.sliding_window = window;
+      const bool is_cut = window > 0 && window < (q - k + 1) * kChunk;
+      Form form = is_fp32 ? Form::kEfficientDocuments : Form::kFlashDocuments;
+      if (q != k && (is_fp32 || is_cut)) form = Form::kReference;
+      compare(make_call({rows, kChunk, kChunk, 4, 2, 16}, dtype, mask), form);
+    }
+}
+
+TEST(GpuAttention, PartsOfDocumentsMatchTheReference) {
+  const std::vector<std::vector<std::vector<int64_t>>> divisions = {
+      {{64}},
+      {{20, 44}, {64}},
+      {{16, 16, 16, 16}, {17, 30, 17}, {1, 1, 62}},
+      {std::vector<int64_t>(64, 1), {63, 1}},
+      {{5, 7, 3, 20, 2, 2, 25}, {40, 24}}};
+  for (const auto& division : divisions)
+    for (const int64_t window : {0, 5, 30, 64})
+      for (const auto dtype : {at::kBFloat16, at::kFloat}) {
+        compare_parts(division, window, dtype);
+        if (HasFailure()) return;
+      }
+}
+
 // More places than documents, and room for longer ones: the same numbers.
 void expect_padding_changes_nothing(at::ScalarType dtype, Form form) {
   const AttentionMask mask = documents({{20, 30, 20}, {50, 20}}, 70);
@@ -135,7 +187,8 @@ void expect_padding_changes_nothing(at::ScalarType dtype, Form form) {
   Call padded = call;
   padded.mask.documents = {at::cat({call.mask.documents.starts,
                                     at::full({20}, 140, call.mask.documents.starts.options())}),
-                           70};
+                           70,
+                           {}};
   const Results a = run(form, call, grad), b = run(form, padded, grad);
   EXPECT_TRUE(at::equal(a.parts.out_BTNH, b.parts.out_BTNH));
   EXPECT_TRUE(at::equal(a.parts.lse_BNT, b.parts.lse_BNT));

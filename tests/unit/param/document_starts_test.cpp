@@ -37,6 +37,20 @@ TEST(DocumentStarts, OneDocumentAndOnesOfOneToken) {
   EXPECT_EQ(ones.starts.scalar_type(), at::kInt);
 }
 
+// Documents of 3, 1 and 4 tokens, and one of 8, in four chunks of two tokens.
+TEST(DocumentStarts, ChunksHaveWhatLiesInThem) {
+  const auto two = document_starts(keys({0, 0, 0, 3, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0}, 2));
+  ASSERT_THAT(starts_of(two), ElementsAre(0, 3, 4, 8, 16));
+  const at::Tensor chunks_CE = chunk_starts(two.starts, 8, 4);
+  EXPECT_EQ(chunks_CE.scalar_type(), at::kInt);
+  const std::vector<std::vector<int32_t>> want = {
+      {0, 2, 2, 2, 4}, {0, 1, 2, 2, 4}, {0, 0, 0, 2, 4}, {0, 0, 0, 2, 4}};
+  for (int64_t c = 0; c < 4; ++c)
+    EXPECT_TRUE(at::equal(chunks_CE[c], at::tensor(want[static_cast<size_t>(c)], at::kInt))) << c;
+  EXPECT_TRUE(at::equal(chunk_starts(two.starts, 8, 1)[0], two.starts));
+  EXPECT_THROW((void)chunk_starts(two.starts, 8, 3), InternalError);
+}
+
 TEST(DocumentStarts, KeysThatAreNoStartsAreRefused) {
   for (const auto& wrong :
        {std::vector<int32_t>{0, 0, 1, 1}, {1, 1, 2, 2}, {0, 0, 3, 3}, {0, 1, 0, 3}})

@@ -148,6 +148,12 @@ TEST(MakePlan, Graphs_AreRefusedByName) {
   for (const char* rule :
        {"data.documents=separate", "optimizer.spike_skip.sigma=6", "precision.compute=fp16"})
     EXPECT_TRUE(plan_of(resolved({"run.graphs=true", rule}), gpu).resolved.run.graphs);
+  for (const char* method : {"ring", "all_to_all"})
+    EXPECT_TRUE(
+        plan_of(resolved({"run.graphs=true", "data.documents=separate", "parallel.context.size=2",
+                          std::string("parallel.context.method=") + method}),
+                two)
+            .resolved.run.graphs);
   const auto why = [&](std::vector<std::string> more, Topology topology) {
     more.push_back("run.graphs=true");
     const auto problems = problems_of(resolved(more), topology);
@@ -159,8 +165,6 @@ TEST(MakePlan, Graphs_AreRefusedByName) {
                              "parallel.context.size=2", "parallel.pipeline.size=2"})
     EXPECT_TRUE(plan_of(resolved({"run.graphs=true", layout}), two).resolved.run.graphs);
   EXPECT_THAT(why({}, machine(1)), HasSubstr("run.device"));
-  EXPECT_THAT(why({"parallel.context.size=2", "data.documents=separate"}, two),
-              HasSubstr("method: all_to_all"));
   EXPECT_THAT(why({"parallel.offload_activations=true"}, gpu), HasSubstr("offload_activations"));
 }
 
