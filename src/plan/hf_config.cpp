@@ -3,6 +3,7 @@
 // config.json of Hugging Face models.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "capstan/base/error.h"
@@ -170,7 +171,10 @@ void read_qwen_window(Reader& reader, ModelShape& shape) {
   }
   const char* const kind = shape.sliding_window ? "sliding_attention" : "full_attention";
   const Json* types = reader.find("layer_types");
-  if (types && *types != Json(static_cast<size_t>(shape.num_hidden_layers), kind))
+  const auto layers = static_cast<size_t>(shape.num_hidden_layers);
+  if (types &&
+      !(types->is_array() && types->size() == layers &&
+        std::all_of(types->begin(), types->end(), [&](const Json& t) { return t == kind; })))
     reader.complain(fmt::format("layer_types: need {} times \"{}\", as the other keys say",
                                 shape.num_hidden_layers, kind));
 }

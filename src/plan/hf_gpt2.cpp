@@ -3,6 +3,7 @@
 // GPT-2's spelling of config.json.
 #include <utility>
 
+#include "capstan/base/bytes.h"
 #include "plan/gpt2_internal.h"
 
 namespace capstan::plan {
@@ -53,7 +54,8 @@ Json from_gpt2_keys(const Json& config) {
   const bool has_inner =
       common.contains("intermediate_size") && !common["intermediate_size"].is_null();
   if (!has_inner && width != common.end() && width->is_number_integer())
-    common["intermediate_size"] = 4 * width->get<int64_t>();
+    if (const auto inner = checked_multiply(4, width->get<int64_t>()))
+      common["intermediate_size"] = *inner;
   const auto act = common.find("hidden_act");
   if (act == common.end() || act->is_null() || *act == "gelu_new")
     common["hidden_act"] = "gelu_pytorch_tanh";  // the same function

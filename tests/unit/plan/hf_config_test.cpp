@@ -13,6 +13,7 @@ namespace capstan::plan {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 using Json = nlohmann::json;
 
 void expect_equal(const ModelShape& a, const ModelShape& b) {
@@ -128,6 +129,12 @@ TEST(HfConfig, QwenWindowsAreOfAllLayersOrNone) {
   EXPECT_FALSE(window());
   config["layer_types"][3] = "sliding_attention";
   EXPECT_THAT(refusal(), HasSubstr("layer_types"));
+  for (const Json& other : {Json(23, "full_attention"), Json(24, 1), Json("full_attention")}) {
+    config["layer_types"] = other;
+    EXPECT_THAT(refusal(), HasSubstr("layer_types")) << other;
+  }
+  config["num_hidden_layers"] = 1 << 30;  // as many names would not fit into memory
+  EXPECT_THAT(refusal(), HasSubstr("need 1073741824 times"));
 }
 
 ModelShape gpt2_shape() {
@@ -182,6 +189,20 @@ TEST(HfConfig, Gpt2OfAnotherKindIsRefused) {
     for (const char* word :
          {"activation_function", "relu", "scale_attn_by_inverse_layer_idx", "add_cross_attention"})
       EXPECT_THAT(error.what(), HasSubstr(word));
+  }
+}
+
+// The default of n_inner, 4 n_embd, is beyond 64 bits.
+TEST(HfConfig, Gpt2OfAnEndlessWidthIsRefused) {
+  Json config = Json::parse(to_hf_config(gpt2_shape(), DType::kFp32));
+  config.erase("n_inner");
+  config["n_embd"] = int64_t{1} << 62;
+  try {
+    (void)from_hf_config(config.dump(), "config.json");
+    FAIL() << "no error";
+  } catch (const DataError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("hidden_size: got 4611686018427387904"));
+    EXPECT_THAT(error.what(), Not(HasSubstr("got 0")));
   }
 }
 
