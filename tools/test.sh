@@ -6,7 +6,7 @@
 #
 #   tools/test.sh [--preset P] [--label L] [-R REGEX] [--torch DIR] [--wheels DIR]
 #
-# Without --label every test runs but those labelled slow, gpu or bench.
+# Without --label every test runs but those labelled slow, gpu or bench; benchmarks run with --label bench alone.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -19,7 +19,10 @@ while [ $# -gt 0 ]; do
       [ $# -ge 2 ] || { echo "[test] error: $1 needs a value" >&2; exit 2; }
       case "$1" in
         --preset) preset=$2 ;;
-        --label) selection=(-L "^($2)\$") ;;
+        --label)
+          selection=(-L "^($2)\$")
+          [ "$2" = bench ] || selection+=(-LE '^bench$')
+          ;;
         -R) selection+=(-R "$2") ;;
         *) setup+=("$1" "$2") ;;
       esac
