@@ -3,6 +3,7 @@
 #include "capstan/device/cuda.h"
 
 #include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <dlfcn.h>
 #include <fmt/format.h>
 
@@ -13,6 +14,7 @@
 #include "capstan/base/error.h"
 #include "capstan/base/gpu.h"
 #include "capstan/device/accelerator.h"
+#include "device/cuda_internal.h"
 
 namespace capstan::device {
 namespace {
@@ -39,23 +41,31 @@ void check_gpu(int index) {
 
 }  // namespace
 
-void start_cuda(int index) {
-  check_gpu(index);
-  const std::string path = cuda_plugin_path();
-  if (!has_cuda_plugin())
-    refuse("no " + path, "the CUDA plug-in", "this build computes on CPUs",
-           "Build with tools/setup.sh --preset cuda");
+void open_cuda_plugin(const std::string& path) {
   void* const plugin = ::dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
   if (!plugin) {
     const char* const text = ::dlerror();
     refuse(text ? text : path, "a plug-in that loads", "a library it needs is missing or too old",
            "Install the CUDA 13 libraries that LibTorch 2.11 names");
   }
+  if (!at::detail::getCUDAHooks().hasCUDART())
+    refuse("a process whose LibTorch has found no CUDA", "the plug-in before LibTorch looks for it",
+           "it looks once, in the first backward or when a seed is set",
+           "Call device::start_cuda before the first op");
   const auto install = reinterpret_cast<void (*)()>(::dlsym(plugin, "capstan_cuda_install"));
   if (!install)
     refuse(path + " without capstan_cuda_install", "the plug-in of this build", "",
            "Build Capstan anew");
   install();
+}
+
+void start_cuda(int index) {
+  check_gpu(index);
+  const std::string path = cuda_plugin_path();
+  if (!has_cuda_plugin())
+    refuse("no " + path, "the CUDA plug-in", "this build computes on CPUs",
+           "Build with tools/setup.sh --preset cuda");
+  open_cuda_plugin(path);
   accelerator()->set_device(index);
 }
 
