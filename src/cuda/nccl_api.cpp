@@ -6,6 +6,8 @@
 #include <nccl.h>
 
 #include <cstring>
+#include <mutex>
+#include <set>
 
 namespace capstan::cuda {
 namespace {
@@ -87,7 +89,7 @@ class LibraryNccl final : public comm::NcclApi {
     std::memcpy(&unique_id, id.bytes.data(), sizeof(unique_id));
     ncclConfig_t nccl_config = NCCL_CONFIG_INITIALIZER;
     nccl_config.blocking = 1;
-    nccl_config.commName = config.name.c_str();
+    nccl_config.commName = kept(config.name);
     if (config.max_ctas > 0) nccl_config.maxCTAs = config.max_ctas;
     ncclComm_t made = nullptr;
     const ncclResult_t result = ncclCommInitRankConfig(&made, size, unique_id, rank, &nccl_config);
@@ -140,6 +142,16 @@ class LibraryNccl final : public comm::NcclApi {
     const char* const text = ncclGetLastError(theirs(comm));
     return text == nullptr ? "" : text;
   }
+
+ private:
+  // NCCL keeps the pointer that it is given.
+  const char* kept(const std::string& name) {
+    const std::scoped_lock lock(mutex_);
+    return names_.insert(name).first->c_str();
+  }
+
+  std::mutex mutex_;
+  std::set<std::string> names_;
 };
 
 std::string version_text(int version) {
