@@ -200,6 +200,48 @@ TEST(SeamsContract, ProjectionsShareOneGather) {
     }
 }
 
+// A column and a row layer with GELU between them, whose backward goes from the one's sum over
+// ranks to the sum before GELU.
+struct Mlp {
+  Tensor y, dx, dgate, ddown;
+};
+Mlp run_mlp(SeamsRank& rank, const Tensor& x, ops::GeluForm form) {
+  const auto find = [&rank](const char* name) {
+    return rank.store().find("model.layers.0.mlp." + std::string(name) + "_proj.weight");
+  };
+  const nn::Projection gate{{find("gate")}, {}}, down{{find("down")}, {}};
+  const Tensor leaf = rank.part(x, true).requires_grad_(true);
+  const param::Context context = rank.context(param::Mode::kTrain);
+  const Tensor y =
+      rank.seams().row(context, rank.seams().column_gelu(context, leaf, gate, form), down);
+  torch::autograd::backward({y.sin().sum()}, {});
+  rank.store().run_deferred();
+  const auto gradient = [&rank](const nn::Projection& of) {
+    return rank.store().gradient(static_cast<size_t>(of.parts[0].index()));
+  };
+  return {y.detach(), leaf.grad(), gradient(gate), gradient(down)};
+}
+
+TEST(SeamsContract, GeluBetweenColumnAndRow) {
+  for (const ops::GeluForm form : {ops::GeluForm::kTanh, ops::GeluForm::kErf})
+    for (const auto& [sequence, overlap, deferred] :
+         {std::tuple{false, false, false}, {true, false, true}, {true, true, false}}) {
+      SeamsCase c{.tp = 2, .sequence = sequence, .overlap = overlap, .deferred = deferred};
+      const Tensor x = testing::normal({c.samples, c.tokens, kHidden}, 3);
+      SeamsRank reference(c, {});
+      const Mlp want = run_mlp(reference, x, form);
+      run_ranks(c.ranks(), [&, overlaps = overlap](const comm::Communicator& world) {
+        SeamsRank rank(c, world);
+        const Mlp got = run_mlp(rank, x, form);
+        const int64_t r = world.rank(), features = want.dgate.size(0) / 2;
+        EXPECT_LE(error_of(got.y, rank.part(want.y, true)), 1e-12);
+        EXPECT_LE(error_of(got.dx, rank.part(want.dx, true)), 1e-12) << overlaps;
+        EXPECT_LE(error_of(got.dgate, want.dgate.narrow(0, r * features, features)), 1e-12);
+        EXPECT_LE(error_of(got.ddown, want.ddown.narrow(1, r * features, features)), 1e-12);
+      });
+    }
+}
+
 // Sends and receives between the same ranks, collectives of two axes, all over sockets.
 TEST(SeamsContract, GlooGivesTheSameNumbers) {
   for (const bool all_to_all : {false, true})
