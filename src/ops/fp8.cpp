@@ -197,7 +197,7 @@ Tensor widened(const Tensor& x) {
 }
 
 void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix& b,
-                      bool accumulates) {
+                      bool accumulates, const Tensor& bias_N) {
   const Tensor b_KN = widened(b.values_MK).t();
   const Tensor scale_N = b.inverse_scale.view({-1});
   const bool by_row = a.inverse_scale.dim() == 2;
@@ -205,6 +205,7 @@ void multiply_widened(const Tensor& out_MN, const Fp8Matrix& a, const Fp8Matrix&
     const int64_t count = std::min(kProductRows, out_MN.size(0) - first);
     const Tensor product = at::mm(widened(a.values_MK.narrow(0, first, count)), b_KN);
     product.mul_(by_row ? a.inverse_scale.narrow(0, first, count) : a.inverse_scale).mul_(scale_N);
+    if (bias_N.defined()) product.add_(bias_N);
     Tensor rows = out_MN.narrow(0, first, count);
     accumulates ? rows.add_(product) : rows.copy_(product);
   }
@@ -225,6 +226,12 @@ Product product_of(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix&
           .b_KN = b_NK.values_MK.t(),
           .a_scale = a_MK.inverse_scale,
           .b_scale = b_NK.inverse_scale};
+}
+
+// The libraries add a bias to bf16 results of its type.
+bool joins_product(const Tensor& bias_N, const Tensor& out_MN) {
+  return bias_N.defined() && out_MN.scalar_type() == at::kBFloat16 &&
+         bias_N.scalar_type() == at::kBFloat16;
 }
 
 }  // namespace
@@ -292,11 +299,20 @@ Fp8Matrix quantise_rows(const Tensor& x_MK, Fp8Format format) {
   return {q.values_MK.view(scalar_type_of(format)), q.inverse_scale};
 }
 
-void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK) {
+void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK,
+                   const Tensor& bias_N) {
   check_product(out_MN, a_MK, b_NK);
   const at::NoGradGuard no_grad;
-  if (out_MN.is_cpu()) return multiply_widened(out_MN, a_MK, b_NK, false);
-  multiply(product_of(out_MN, a_MK, b_NK));
+  const bool joins = joins_product(bias_N, out_MN);
+  const Tensor within_N = joins ? bias_N : Tensor();
+  if (out_MN.is_cpu()) {
+    multiply_widened(out_MN, a_MK, b_NK, false, within_N);
+  } else {
+    Product product = product_of(out_MN, a_MK, b_NK);
+    product.bias_N = within_N;
+    multiply(product);
+  }
+  if (bias_N.defined() && !joins) out_MN.add_(bias_N);
 }
 
 bool multiply_wide(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK,
@@ -307,7 +323,7 @@ bool multiply_wide(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix&
   Product product = product_of(out_MN, a_MK, b_NK);
   product.accumulates = accumulates;
   if (!out_MN.is_cpu()) return multiply_by_lt(product);
-  multiply_widened(out_MN, a_MK, b_NK, accumulates);
+  multiply_widened(out_MN, a_MK, b_NK, accumulates, {});
   return true;
 }
 

@@ -59,9 +59,10 @@ Fp8Matrix Fp8Linear::weight(const Projection& projection, bool turned) {
 }
 
 void Fp8Linear::forward(const Tensor& out_NO, const Tensor& x_ND, const Projection& projection,
-                        bool observes) {
+                        const Tensor& bias_O, bool observes) {
   const at::NoGradGuard no_grad;
-  multiply_into(out_NO, cast(x_ND, projection, kInput, false, observes), weight(projection, false));
+  multiply_into(out_NO, cast(x_ND, projection, kInput, false, observes), weight(projection, false),
+                bias_O);
 }
 
 void Fp8Linear::input_gradient(const Tensor& out_ND, const Tensor& grad_NO,

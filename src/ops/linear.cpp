@@ -102,8 +102,7 @@ Tensor linear_forward(const Tensor& x, const Projection& projection, bool with_b
   if (!fp8) return linear_forward(x, weight_OD, bias_O);
   at::NoGradGuard no_grad;
   FreshRows y(x, weight_OD.size(0));
-  fp8->forward(y.rows_NO, rows_of(x), projection, mode.observes);
-  if (bias_O.defined()) y.rows_NO.add_(bias_O);
+  fp8->forward(y.rows_NO, rows_of(x), projection, bias_O, mode.observes);
   return y.whole;
 }
 

@@ -96,6 +96,29 @@ TEST(Device, Fp8_ByCublaslt_SumsWeightGradientsInFp32) {
   ops::install_device_kernels(nullptr);
 }
 
+// Biases are added in products of fp8; GELU, its derivative and bias gradients are done apart.
+TEST(Device, Fp8_OfGpt2_HasBiasesInItsProducts) {
+  for (const char* scaling : kScalings) {
+    TinyRun run = fp8_run(scaling);
+    for (const char* more : {"model.family=gpt2", "model.num_key_value_heads=4", "model.head_dim=8",
+                             "model.intermediate_size=64"})
+      run.overrides.emplace_back(more);
+    run.gemm = "libtorch";
+    const TinyResult expected = train(run, on_own_thread());
+    const auto api = std::make_shared<test::FakeLt>();
+    ops::install_lt_api(api);
+    run.gemm = "cublaslt";
+    const TinyResult got = train(run, on_own_thread());
+    ops::install_lt_api(nullptr);
+    EXPECT_GT(api->products(ops::LtEpilogue::kBias), 0);
+    for (const auto apart : {ops::LtEpilogue::kGeluBias, ops::LtEpilogue::kGeluGradient,
+                             ops::LtEpilogue::kBiasGradient})
+      EXPECT_EQ(api->products(apart), 0);
+    for (size_t i = 0; i < got.reports.size(); ++i)
+      EXPECT_NEAR(got.reports[i].loss / expected.reports[i].loss, 1, 1e-2) << scaling;
+  }
+}
+
 // The emulation on the CPU and the kernels give the same bits; so does the transposed cast.
 TEST(Device, Fp8Casts_AreTheEmulations) {
   ops::install_device_kernels(&test::fake_kernels());

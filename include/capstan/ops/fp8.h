@@ -38,10 +38,12 @@ struct QuantiseOptions {
 // A scale per row, from its own maximum.
 [[nodiscard]] Fp8Matrix quantise_rows(const Tensor& x_MK, Fp8Format format);
 
-// out [M, N] (bf16 or fp32) = a b^T: products summed in fp32, multiplied with the scales in fp32,
-// rounded once. b is e4m3; both have one scale or both a scale per row. Devices need K and N to be
-// multiples of 16, and out bf16 with scales per row.
-void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK);
+// out [M, N] (bf16 or fp32) = a b^T (+ bias): products summed in fp32, multiplied with the scales
+// in fp32, rounded once. b is e4m3; both have one scale or both a scale per row. A bias of another
+// type than out is added to the rounded result. Devices need K and N to be multiples of 16, and out
+// bf16 with scales per row.
+void multiply_into(const Tensor& out_MN, const Fp8Matrix& a_MK, const Fp8Matrix& b_NK,
+                   const Tensor& bias_N = {});
 // The same (+ out) in fp32, added before anything is rounded to 16 bits. False, and nothing done,
 // where out is not fp32 and on devices whose products are LibTorch's (gemm.h), which has no such
 // call.

@@ -46,9 +46,9 @@ class Fp8Linear {
 
   // False where precision.keep_fp32 keeps the weight wide: it is multiplied as it is.
   [[nodiscard]] static bool covers(const Projection& projection);
-  // out [N, O] = x W^T. observes: the pass counts for the history.
+  // out [N, O] = x W^T (+ bias). observes: the pass counts for the history.
   void forward(const Tensor& out_NO, const Tensor& x_ND, const Projection& projection,
-               bool observes);
+               const Tensor& bias_O, bool observes);
   // out [N, D] = dy W
   void input_gradient(const Tensor& out_ND, const Tensor& grad_NO, const Projection& projection);
   // slot (+)= dy^T x, summed in the slot's fp32; on a device without cuBLASLt (run.gemm: libtorch)

@@ -187,23 +187,38 @@ void check_scaled_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
   TORCH_CHECK(by_tensor || out.scalar_type() == at::kBFloat16, "_scaled_mm: by rows gives bf16");
 }
 
+void check_scaled_bias(const std::optional<at::Tensor>& bias, const at::Tensor& out) {
+  TORCH_CHECK(
+      !bias || (bias->is_contiguous() && bias->numel() == out.size(1) &&
+                bias->scalar_type() == out.scalar_type() && out.scalar_type() != at::kFloat),
+      "_scaled_mm: a bias of other columns or type than the result, or on fp32");
+}
+
 // Summed in fp64 and rounded once.
 at::Tensor& scaled_mm_out(const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_a,
                           const at::Tensor& scale_b, const std::optional<at::Tensor>& bias,
                           const std::optional<at::Tensor>& scale_result, Dtype out_dtype, bool,
                           at::Tensor& out) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  TORCH_CHECK(!bias && !scale_result && out_dtype == out.scalar_type(), "_scaled_mm: not imitated");
+  TORCH_CHECK(!scale_result && out_dtype == out.scalar_type(), "_scaled_mm: not imitated");
   check_scaled_mm(a, b, scale_a, scale_b, out);
+  check_scaled_bias(bias, out);
   if (is_capturing())
     record_for_graph([a = unowned(a), b = unowned(b), scale_a = unowned(scale_a),
-                      scale_b = unowned(scale_b), out_dtype, out = unowned(out)]() mutable {
-      scaled_mm_out(a, b, scale_a, scale_b, {}, {}, out_dtype, false, out);
+                      scale_b = unowned(scale_b),
+                      bias = bias ? std::optional(unowned(*bias)) : std::nullopt, out_dtype,
+                      out = unowned(out)]() mutable {
+      scaled_mm_out(a, b, scale_a, scale_b, bias, {}, out_dtype, false, out);
     });
   const Access now = begin_op("_scaled_mm");
   note({{a, false}, {b, false}, {scale_a, false}, {scale_b, false}, {out, true}}, now);
   const auto wide = [](const at::Tensor& x) { return host_view(x).to(at::kDouble); };
-  host_view(out).copy_(at::mm(wide(a) * wide(scale_a), wide(b) * wide(scale_b)));
+  at::Tensor product = at::mm(wide(a) * wide(scale_a), wide(b) * wide(scale_b));
+  if (bias) {
+    note({{*bias, false}}, now);
+    product.add_(wide(*bias));
+  }
+  host_view(out).copy_(product);
   return out;
 }
 

@@ -86,11 +86,12 @@ TEST(Gemm, OtherProductsAreNoCase) {
 
 TEST(Gemm, Fp8NeedsSidesOf16AndOneE4m3) {
   const auto problem = [](int64_t m, int64_t n, int64_t k, at::ScalarType a, at::ScalarType b,
-                          at::ScalarType out) {
+                          at::ScalarType out, bool has_bias = false) {
     const Tensor scale = at::ones({1});
     return lt_problem_of({.out_MN = at::zeros({m, n}, out),
                           .a_MK = fp8({m, k}, a),
                           .b_KN = fp8({n, k}, b).t(),
+                          .bias_N = has_bias ? at::zeros({n}, out) : Tensor(),
                           .a_scale = scale,
                           .b_scale = scale});
   };
@@ -103,6 +104,10 @@ TEST(Gemm, Fp8NeedsSidesOf16AndOneE4m3) {
   EXPECT_FALSE(has_libtorch_form(*p));
   EXPECT_EQ(shape_text(*p), "32 x 16 x 48 e5m2 e4m3 -> fp32");
   EXPECT_TRUE(has_libtorch_form(*problem(32, 16, 48, e5m2, e4m3, at::kBFloat16)));
+  const auto with_bias = problem(32, 16, 48, e4m3, e4m3, at::kBFloat16, true);
+  ASSERT_TRUE(with_bias);
+  EXPECT_EQ(with_bias->epilogue, LtEpilogue::kBias);
+  EXPECT_FALSE(problem(32, 16, 48, e4m3, e4m3, at::kFloat, true)) << "fp32 has another bias";
   EXPECT_FALSE(problem(32, 16, 40, e4m3, e4m3, at::kFloat));
   EXPECT_FALSE(problem(24, 16, 48, e4m3, e4m3, at::kFloat));
   EXPECT_FALSE(problem(32, 8, 48, e4m3, e4m3, at::kFloat));

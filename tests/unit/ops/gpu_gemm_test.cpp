@@ -22,6 +22,10 @@ using testing::normal;
 Tensor on_device(const Tensor& x) { return x.to(device::run_device()); }
 Tensor wide(const Tensor& x) { return x.to(at::kCPU, at::kDouble); }
 
+Tensor real_of(const Fp8Matrix& q) {
+  return wide(q.values_MK.to(at::kFloat)) * wide(q.inverse_scale);
+}
+
 constexpr testing::Tolerance kFp32{2e-5, 2e-5};
 testing::Tolerance tolerance_of(at::ScalarType out) {
   return out == at::kFloat ? kFp32 : testing::tolerance_of(out);
@@ -124,6 +128,31 @@ TEST(GpuGemm, ScratchIsTheProblemAgain) {
     }
 }
 
+// A bias of the result's type is added in the product of either library, another one behind it.
+TEST(GpuGemm, ABiasInFp8IsAddedBeforeTheRounding) {
+  for (const bool by_lt : {false, true}) {
+    const auto gemm = by_lt ? Gemm::share(GemmLibrary::kCublaslt) : nullptr;
+    for (const auto bias_type : {at::kBFloat16, at::kFloat})
+      for (const bool by_row : {false, true}) {
+        const auto cast = [by_row](const Tensor& x) {
+          const Tensor there = on_device(x);
+          return by_row ? quantise_rows(there, Fp8Format::kE4m3)
+                        : quantise(there, Fp8Format::kE4m3, largest_size(there));
+        };
+        const Fp8Matrix a = cast(normal({64, 48}, 1, at::kBFloat16)),
+                        b = cast(normal({32, 48}, 2, at::kBFloat16));
+        const Tensor bias = 4 * normal({32}, 3, bias_type);
+        const Tensor out = on_device(at::full({64, 32}, NAN, at::kBFloat16));
+        multiply_into(out, a, b, on_device(bias));
+        const Tensor product = at::mm(real_of(a), real_of(b).t());
+        const Tensor want = product + wide(bias);
+        const Tensor twice = bias_type == at::kFloat ? product.abs() : at::zeros_like(product);
+        const Tensor bound = (want.abs() + twice) * 0x1p-8 + 2e-3;
+        EXPECT_TRUE((wide(out) - want).abs().le(bound).all().item<bool>());
+      }
+  }
+}
+
 // Weight gradients in fp8 reach the fp32 buffer without a rounding to 16 bits.
 TEST(GpuGemm, Fp8IsSummedInFp32) {
   const auto gemm = Gemm::share(GemmLibrary::kAuto);
@@ -135,10 +164,7 @@ TEST(GpuGemm, Fp8IsSummedInFp32) {
         return by_row ? quantise_rows(x, f) : quantise(x, f, largest_size(x));
       };
       const Fp8Matrix qa = cast(a, format), qb = cast(b, Fp8Format::kE4m3);
-      const auto real = [](const Fp8Matrix& q) {
-        return wide(q.values_MK.to(at::kFloat)) * wide(q.inverse_scale);
-      };
-      const Tensor product = at::mm(real(qa), real(qb).t());
+      const Tensor product = at::mm(real_of(qa), real_of(qb).t());
       const Tensor out = on_device(at::full({64, 32}, NAN, at::kFloat));
       // Tensor cores sum fp8 with fewer bits than fp32: far below a rounding to bf16 all the same.
       const testing::Tolerance close{1e-3, 1e-3};
