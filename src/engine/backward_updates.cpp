@@ -26,8 +26,9 @@ void BackwardUpdates::open_step(const StepControl::Update& update) {
   squares_ = {};
 }
 
-void BackwardUpdates::open_step(DeviceDecision& device) {
+void BackwardUpdates::open_step(DeviceDecision& device, bool publishes) {
   device_ = &device;
+  publishes_ = publishes;
   device.open_updates();
 }
 
@@ -41,7 +42,7 @@ void BackwardUpdates::update(int store) {
   } else {
     update_by_host(shard);
   }
-  model_.stores[static_cast<size_t>(store)]->publish();
+  if (publishes_) model_.stores[static_cast<size_t>(store)]->publish();
 }
 
 void BackwardUpdates::update_by_host(size_t shard) {

@@ -21,9 +21,10 @@ class BackwardUpdates {
                   const std::vector<size_t>& stores, optim::PerShardOptimizer& optimizer,
                   uint64_t seed);
 
-  // Before the passes of a step: by numbers of the host, or by those of the device.
+  // Before the passes of a step: by numbers of the host, or by those of the device. In a graph
+  // what is updated is published by the caller, behind all updates.
   void open_step(const StepControl::Update& update);
-  void open_step(DeviceDecision& device);
+  void open_step(DeviceDecision& device, bool publishes);
   // Behind the passes: squares of all shards, where the host gave the numbers.
   [[nodiscard]] const optim::SquareSums& squares() const { return squares_; }
 
@@ -38,6 +39,7 @@ class BackwardUpdates {
   uint64_t seed_;
   StepControl::Update numbers_;
   DeviceDecision* device_ = nullptr;
+  bool publishes_ = true;
   optim::SquareSums squares_;
 };
 

@@ -240,7 +240,6 @@ struct Engine::Impl {
   // Nothing is read: a skipped step changes no weight, so publishing it does no harm.
   void step_on_device(const StepWork& work, int64_t target_tokens) {
     on_device->open_step(target_tokens, control.lr(static_cast<int64_t>(on_device->pending())));
-    if (in_backward) in_backward->open_step(*on_device);
     if (graph) {
       step_by_graph(work);
     } else {
@@ -248,12 +247,13 @@ struct Engine::Impl {
       run_passes(work, loss);
       update_on_device(loss);
     }
-    if (!in_backward) publish();
+    if (!in_backward && !graph) publish();
     if (model.balance) model.balance->send_loads();
     on_device->send_outcome();
   }
 
   void run_passes(const StepWork& work, Tensor& loss) {
+    if (in_backward) in_backward->open_step(*on_device, /*publishes=*/!graph);
     executor.run(work, [&](const Tensor& made) {
       model.buckets->finish_step();
       loss = made;
@@ -310,7 +310,12 @@ struct Engine::Impl {
       if (model.fp8) model.fp8->forget_weights();
       run_passes(work, graph->loss);
     });
-    graph->update.run([&] { update_on_device(graph->loss); });
+    graph->update.run([&] {
+      update_on_device(graph->loss);
+      for (const size_t s : shard_stores) model.stores[s]->gather_update();
+      for (const size_t s : shard_stores) model.stores[s]->settle();
+    });
+    for (const size_t s : shard_stores) model.stores[s]->note_update();
   }
 
   [[nodiscard]] StepReport next_report() {

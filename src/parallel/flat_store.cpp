@@ -323,6 +323,11 @@ void FlatStore::send_values() {
 }
 
 void FlatStore::publish() {
+  note_update();
+  gather_update();
+}
+
+void FlatStore::note_update() {
   ++version_;
   if (options_.zero_stage == 3) {
     drop_full();
@@ -330,6 +335,9 @@ void FlatStore::publish() {
   } else {
     wait_for_gather();  // of an update that nobody read
   }
+}
+
+void FlatStore::gather_update() {
   if (options_.offload_optimizer) send_values();
   if (options_.zero_stage > 0 && options_.zero_stage < 3 && options_.shard.size() > 1)
     gather(copy_);

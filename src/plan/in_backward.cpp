@@ -58,8 +58,6 @@ void check_places(const Checker& c) {
   c.refuse(r.parallel.zero.offload != "none", "parallel.zero.offload " + r.parallel.zero.offload,
            "updates on the host in the backward are not in this build",
            "Set parallel.zero.offload: none");
-  c.refuse(r.run.graphs, "run.graphs", "a recorded update in the backward is not in this build",
-           "Set run.graphs: false");
 }
 
 }  // namespace

@@ -36,6 +36,10 @@ std::vector<std::vector<std::string>> cases() {
           {"model.frozen=['*', '!*.1.*']"}};
 }
 
+std::vector<std::string> in_backward() {
+  return {"optimizer.in_backward=true", "optimizer.max_grad_norm=none", "batch.micro_samples=8"};
+}
+
 struct Trained {
   TinyResult run;
   int64_t waits = 0, launches = 0;  // of the last three steps
@@ -75,7 +79,13 @@ class DeviceGraph : public ::testing::TestWithParam<bool> {
 };
 
 TEST_P(DeviceGraph, StepsAreThoseWithoutIt) {
-  for (const auto& overrides : cases()) {
+  auto all = cases();
+  for (const char* more : {"run.seed=4", "precision.compute=bf16", "optimizer.name=lion",
+                           "model.tie_word_embeddings=true"}) {
+    all.push_back(in_backward());
+    all.back().insert(all.back().begin(), more);
+  }
+  for (const auto& overrides : all) {
     SCOPED_TRACE(overrides.front());
     const Trained plain = train_by({.overrides = overrides});
     const Trained graph = train_by({.overrides = overrides, .graphs = true});
@@ -105,12 +115,13 @@ TEST_P(DeviceGraph, RecordingTakesNoMemory) {
 // Next token, with other weights in the fifth step.
 class SpoiltWeights final : public Objective {
  public:
-  explicit SpoiltWeights(double factor) : factor_(factor) {}
+  explicit SpoiltWeights(double factor, int64_t micro_batches = 4)
+      : factor_(factor), micro_batches_(micro_batches) {}
   double local_denominator(const std::vector<MicroBatch>& batches) const override {
     return base_->local_denominator(batches);
   }
   Tensor weights(const MicroBatch& batch, double denominator) const override {
-    const bool is_fifth = calls_ / 4 == 4;
+    const bool is_fifth = calls_ / micro_batches_ == 4;
     ++calls_;
     return base_->weights(batch, denominator).mul(is_fifth ? factor_ : 1.0);
   }
@@ -118,6 +129,7 @@ class SpoiltWeights final : public Objective {
 
  private:
   double factor_;
+  int64_t micro_batches_;
   mutable int64_t calls_ = 0;
   std::unique_ptr<Objective> base_ = make_next_token_objective();
 };
@@ -144,9 +156,19 @@ TEST_P(DeviceGraph, LaunchedStepsAreSkipped) {
     const Trained graph = train_by(run, hooks);
     EXPECT_EQ(graph.run.reports[4].skipped, spoilt.skipped);
     EXPECT_EQ(graph.run.reports[5].skipped, "");
-    if (const auto& scale = graph.run.reports[6].loss_scale) EXPECT_EQ(*scale, 32768);
+    EXPECT_EQ(graph.run.reports[6].loss_scale.value_or(32768), 32768);
     testing::expect_same_run(graph.run, plain.run, 0);
   }
+}
+
+// What has begun to update blocks cannot be skipped.
+TEST_P(DeviceGraph, LaunchedUpdatesInTheBackwardEndWhereTheyAreNotFinite) {
+  const testing::TinyHooks hooks{.hooks = {}, .objective = [](int) {
+                                   return std::make_unique<SpoiltWeights>(
+                                       std::numeric_limits<double>::quiet_NaN(), 1);
+                                 }};
+  TinyRun run{.overrides = in_backward(), .graphs = true};
+  EXPECT_THROW((void)train_by(run, hooks), Error);
 }
 
 // Evaluation and a restore between launches read and write the same weights.

@@ -135,10 +135,16 @@ TEST(InBackwardOnDevices, SameBitsOnRanks) {
     run.ranks = 2;
     run.overrides.insert(run.overrides.end(),
                          {"batch.micro_samples=4", "model.num_hidden_layers=4"});
-    const DeviceOutcome within = run_on_device(in_backward(run)), behind = run_on_device(run);
-    EXPECT_EQ(within.hash, behind.hash);
-    for (size_t i = 0; i < behind.reports.size(); ++i)
-      EXPECT_EQ(within.reports.at(i).loss, behind.reports[i].loss);
+    run.steps = 6;
+    TinyRun within = in_backward(run);
+    const DeviceOutcome behind = run_on_device(run);
+    for (const bool graphs : {false, true}) {
+      within.graphs = graphs;
+      const DeviceOutcome got = run_on_device(within);
+      EXPECT_EQ(got.hash, behind.hash) << graphs;
+      for (size_t i = 0; i < behind.reports.size(); ++i)
+        EXPECT_EQ(got.reports.at(i).loss, behind.reports[i].loss) << graphs;
+    }
   }
 }
 

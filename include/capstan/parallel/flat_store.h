@@ -111,6 +111,9 @@ class FlatStore final : public param::ParamStore {
   // Offloaded values are sent to the device; the next open() is ordered behind.
   // Collective over: the shard axes (stages 1 and 2).
   void publish();
+  // The two halves of publish(), for a step in a graph, which holds the gather alone.
+  void note_update();
+  void gather_update();
   // After the master was written from outside (load): rounds the copy again and publishes.
   void refresh();
 

@@ -47,6 +47,9 @@ TEST(OptimizerInBackward, IsRefusedByName) {
   EXPECT_THAT(why({"parallel.pipeline.schedule=zero_bubble"}), HasSubstr("zero_bubble"));
   EXPECT_THAT(why({"parallel.pipeline.size=2"}, 2), HasSubstr("parallel.pipeline.size: 1"));
   EXPECT_THAT(why({"parallel.zero.offload=optimizer"}), HasSubstr("zero.offload: none"));
+  Topology gpu = machine(1);
+  gpu.device = "cuda";
+  EXPECT_TRUE(plan_of(with({"run.graphs=true"}), gpu).resolved.run.graphs);
 }
 
 // Buffers of a block side by side, those of another block over them, a tied table apart.
