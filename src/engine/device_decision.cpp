@@ -118,8 +118,6 @@ std::string reason_to_wait(const plan::Plan& plan, const optim::Optimizer& optim
   const recipe::Experts& experts = plan.resolved.model.experts;
   if (plan.precision.dynamic_loss_scale && (experts.auxiliary_loss > 0 || experts.z_loss > 0))
     return "losses on routers are scaled by the host, as is the dynamic loss scale of fp16 then";
-  if (plan.resolved.precision.fp8.scaling == "delayed")
-    return "the histories of delayed fp8 scaling are kept by the host";
   if (plan.resolved.parallel.zero.offload != "none") return "the optimizer is on the host";
   if (!optimizer.reads_device_numbers())
     return "the optimizer (" + plan.resolved.optimizer.name + ") is handed its numbers by the host";

@@ -191,18 +191,15 @@ struct Engine::Impl {
 
   // The maxima of delayed scaling become those of all ranks, so that histories are the same
   // everywhere and outlive a change of the layout.
-  void finish_fp8(bool applied) {
-    if (!model.fp8->is_delayed()) return;
-    if (world.size() > 1) {
-      const Tensor maxima = model.fp8->step_maxima_P2().cpu();
-      world.all_reduce(maxima, comm::ReduceOp::kMax).wait();
-      model.fp8->step_maxima_P2().copy_(maxima);
-    }
-    model.fp8->finish_step(applied);
+  void join_maxima() {
+    if (world.size() > 1)
+      world.all_reduce(model.fp8->step_maxima_P2(), comm::ReduceOp::kMax).wait();
   }
 
+  [[nodiscard]] bool has_history() const { return model.fp8 && model.fp8->is_delayed(); }
+
   [[nodiscard]] std::vector<mesh::StateEntry> fp8_entries() const {
-    if (!model.fp8 || !model.fp8->is_delayed()) return {};
+    if (!has_history()) return {};
     const Tensor history = model.fp8->history_HP2();
     const plan::Shape shape = history.sizes().vec();
     return {{kModel, "fp8", "layers.maxima", shape, plan::whole_box(shape), history.view({-1}),
@@ -231,7 +228,10 @@ struct Engine::Impl {
     const double local_loss = loss.defined() ? loss.item<double>() : 0;
     auto verdict = control.close_step(sum_over_ranks(local_loss, squares, target_tokens));
     if (verdict.update.apply && !in_backward) apply(verdict.update);
-    if (model.fp8) finish_fp8(verdict.update.apply);
+    if (has_history()) {
+      join_maxima();
+      model.fp8->finish_step(verdict.update.apply);
+    }
     if (model.balance)
       verdict.report.experts = model.balance->finish_step(world, verdict.update.apply);
     reports.push_back(std::move(verdict.report));
@@ -291,6 +291,10 @@ struct Engine::Impl {
   void update_on_device(const Tensor& loss) {
     const trace::Span span("optimizer", "update");
     on_device->decide(loss, mesh.coord().tp == 0, world);
+    if (has_history()) {
+      join_maxima();
+      model.fp8->finish_step_on_device(on_device->numbers().skip);
+    }
     if (model.balance) model.balance->finish_step_on_device(world, on_device->numbers().skip);
     if (in_backward) return;
     optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
@@ -325,6 +329,7 @@ struct Engine::Impl {
           outcome.sums,
           {outcome.applied, outcome.count, outcome.gradient_scale, outcome.loss_scale});
       if (model.balance) report.experts = model.balance->receive_loads();
+      if (has_history() && outcome.applied && model.fp8->note_applied() && graph) graph->forget();
       return report;
     }
     StepReport report = std::move(reports.front());
@@ -485,6 +490,7 @@ void Engine::restore(const EngineScalars& scalars) {
   if (e.on_device) e.on_device->restore(e.control.scalars());
   for (auto& store : e.model.stores) store->refresh();
   if (e.model.fp8) e.model.fp8->refresh();
+  if (e.has_history() && e.graph) e.graph->forget();  // there may be none now
 }
 
 std::string Engine::weights_hash() { return hash_weights(impl_->model, impl_->mesh); }

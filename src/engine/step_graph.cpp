@@ -180,6 +180,10 @@ void StepGraph::make_room(const std::vector<MicroBatch>& batches) {
     log::info("engine", "a micro-batch of more than {} documents: the step is recorded again",
               places_ - 1);
   places_ = std::max(places_, most_documents(batches));
+  forget();
+}
+
+void StepGraph::forget() {
   passes.forget();
   update.forget();
 }

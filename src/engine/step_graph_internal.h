@@ -73,6 +73,8 @@ class StepGraph {
   [[nodiscard]] bool needs_room(const std::vector<MicroBatch>& batches) const;
   // All ranks, when one of them needs it: they record together.
   void make_room(const std::vector<MicroBatch>& batches);
+  // Steps are others from here on and are recorded again, on all ranks.
+  void forget();
   // The values of a step's micro-batches, and the weights of their tokens as the head reads them,
   // in tensors that stay where they are.
   void load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights);

@@ -16,7 +16,8 @@ Fp8Linear::Fp8Linear(Fp8Options options) : options_(std::move(options)) {
   const auto real = at::TensorOptions().device(options_.device).dtype(at::kFloat);
   maxima_P2_ = at::zeros({count, 2}, real);
   history_HP2_ = at::zeros({options_.history, count, 2}, real);
-  refresh();
+  expected_P2_ = at::zeros({count, 2}, real);
+  holds_history_ = at::zeros({}, real.dtype(at::kBool));
 }
 
 bool Fp8Linear::covers(const Projection& projection) {
@@ -41,9 +42,14 @@ Fp8Matrix Fp8Linear::cast(const Tensor& x, const Projection& projection, Role ro
   const auto place = [&](const Tensor& table_P2) {
     return table_P2.select(0, row->second).narrow(0, role, 1);
   };
-  const Tensor largest = has_history_ ? place(expected_P2_) : largest_size(x);
-  return quantise(x, format_of(role), largest,
+  return quantise(x, format_of(role), expected_largest(x, place(expected_P2_)),
                   {.transposed = transposed, .observed = observes ? place(maxima_P2_) : Tensor()});
+}
+
+Tensor Fp8Linear::expected_largest(const Tensor& x, const Tensor& expected_1) const {
+  if (has_history_) return expected_1;
+  const Tensor own_1 = largest_size(x);
+  return options_.device.is_cpu() ? own_1 : at::where(holds_history_, expected_1, own_1);
 }
 
 Fp8Matrix Fp8Linear::weight(const Projection& projection, bool turned) {
@@ -95,17 +101,31 @@ void Fp8Linear::finish_step(bool applied) {
     const int64_t older = options_.history - 1;
     if (older > 0) history_HP2_.narrow(0, 1, older).copy_(history_HP2_.narrow(0, 0, older).clone());
     history_HP2_.select(0, 0).copy_(maxima_P2_);
-    expected_P2_ = history_HP2_.amax(0);
+    expected_P2_.copy_(history_HP2_.amax(0));
+    holds_history_.fill_(true);
     has_history_ = true;
   }
+  maxima_P2_.zero_();
+}
+
+void Fp8Linear::finish_step_on_device(const Tensor& skip) {
+  if (!is_delayed()) return;
+  const at::NoGradGuard no_grad;
+  const Tensor applied = skip.eq(0);
+  const Tensor older = history_HP2_.narrow(0, 0, options_.history - 1);
+  const Tensor moved_HP2 = at::cat({maxima_P2_.unsqueeze(0), older});
+  history_HP2_.copy_(at::where(applied, moved_HP2, history_HP2_));
+  expected_P2_.copy_(history_HP2_.amax(0));
+  holds_history_.logical_or_(applied);
   maxima_P2_.zero_();
 }
 
 void Fp8Linear::refresh() {
   if (!is_delayed()) return;
   const at::NoGradGuard no_grad;
-  expected_P2_ = history_HP2_.amax(0);
+  expected_P2_.copy_(history_HP2_.amax(0));
   has_history_ = expected_P2_.gt(0).any().item<bool>();
+  holds_history_.fill_(has_history_);
 }
 
 }  // namespace capstan::ops

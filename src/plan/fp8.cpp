@@ -124,10 +124,6 @@ void check_fp8(Draft& draft, const ModelShape& shape) {
     draft.refuse({key, fp8.scaling, "none",
                   "an expert gets any number of tokens, fp8 products want multiples of 16",
                   "Leave the key out"});
-  if (draft.recipe.run.graphs && fp8.scaling == "delayed")
-    draft.refuse({"run.graphs", "true", "false",
-                  "the histories of precision.fp8.scaling: delayed are kept by the host",
-                  "Set precision.fp8.scaling: row or tensor, or run.graphs: false"});
   if (draft.problems.empty()) check_lengths(draft, shape);
   draft.choices.push_back(
       fmt::format("precision.fp8: linear layers multiply in e4m3, gradients {}, scaling {}{}",

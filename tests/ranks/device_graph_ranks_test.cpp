@@ -58,6 +58,7 @@ struct Trained {
   TinyResult run;
   comm::Ledger::Table traffic;  // of rank 0, the last kWatched steps
   int64_t waits = 0, launches = 0;
+  std::vector<Tensor> histories;  // of fp8, of all ranks
 };
 
 // What the last steps do beside training.
@@ -90,12 +91,14 @@ Trained train_by(const TinyRun& run, const std::shared_ptr<test::FakeFabric>& fa
         while (engine.unreported_steps() > 0) reports.push_back(engine.finish_step());
         const auto weights = testing::copy_weights(engine);
         const std::string hash = engine.weights_hash();
-        if (world.rank() != 0) return;
         const std::lock_guard lock(mutex);
-        out = {{reports, weights, hash},
-               traffic,
-               after.waits - before->waits,
-               after.launches - before->launches};
+        for (const auto& entry : engine.state_entries())
+          if (entry.kind == "fp8") out.histories.push_back(entry.tensor.cpu().clone());
+        if (world.rank() != 0) return;
+        out.run = {reports, weights, hash};
+        out.traffic = traffic;
+        out.waits = after.waits - before->waits;
+        out.launches = after.launches - before->launches;
       },
       fabric);
   return out;
@@ -202,6 +205,33 @@ TEST(DeviceGraphRanks, ExpertsAreLaunchedToo) {
                 plain.run.reports[step].experts[0].tokens);
       EXPECT_EQ(graph.run.reports[step].experts[0].dropped,
                 plain.run.reports[step].experts[0].dropped);
+    }
+  }
+  ops::install_device_kernels(nullptr);
+}
+
+// Maxima of delayed fp8 scaling are joined and become scales within the graph.
+TEST(DeviceGraphRanks, HistoriesOfMaximaAreLaunchedToo) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const char* layout : {"parallel.zero.stage=1", "parallel.zero.stage=3", "parallel.tensor=2",
+                             "parallel.pipeline.size=2"}) {
+    SCOPED_TRACE(layout);
+    TinyRun run{
+        .ranks = 2,
+        .overrides = {"precision.compute=bf16", "model.hidden_size=32",
+                      "model.intermediate_size=64", "model.head_dim=16", "batch.sequence_length=32",
+                      "precision.fp8.scaling=delayed", "precision.fp8.history=3", layout}};
+    const Trained plain = train_by(run);
+    run.graphs = true;
+    const Trained graph = train_by(run);
+    testing::expect_same_run(graph.run, plain.run, 0);
+    EXPECT_EQ(graph.traffic, plain.traffic);
+    EXPECT_EQ(graph.launches, kWatched * 2);
+    EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(8);
+    for (const Trained* one : {&plain, &graph}) {
+      ASSERT_EQ(one->histories.size(), 2U);
+      EXPECT_TRUE(one->histories[0].equal(one->histories[1]));
+      EXPECT_TRUE(one->histories[0].equal(plain.histories[0]));
     }
   }
   ops::install_device_kernels(nullptr);

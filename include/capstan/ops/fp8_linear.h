@@ -66,6 +66,12 @@ class Fp8Linear {
   // Moves the step's maxima, joined over all ranks by the caller, into the history; a step that was
   // not applied leaves none.
   void finish_step(bool applied);
+  // The same where the device decides (skip: int32 without dims, there); has fixed arguments and
+  // may be captured. Until note_applied() a pass finds its own maxima and takes them unless the
+  // device has a history by then.
+  void finish_step_on_device(const Tensor& skip);
+  // The host has heard that a step was applied. Whether passes are other ones from here on.
+  bool note_applied() { return !std::exchange(has_history_, true); }
   void refresh();  // after the history was written to
 
  private:
@@ -77,6 +83,7 @@ class Fp8Linear {
   [[nodiscard]] Fp8Matrix cast(const Tensor& x, Fp8Format format, bool transposed) const;
   [[nodiscard]] Fp8Matrix cast(const Tensor& x, const Projection& projection, Role role,
                                bool transposed, bool observes) const;
+  [[nodiscard]] Tensor expected_largest(const Tensor& x, const Tensor& expected_1) const;
   [[nodiscard]] Fp8Matrix weight(const Projection& projection, bool turned);
   [[nodiscard]] Fp8Format format_of(Role role) const;
 
@@ -84,7 +91,8 @@ class Fp8Linear {
   std::map<std::pair<param::ParamStore*, int>, Kept> kept_;  // by the first part
   std::map<std::string, int64_t> rows_;                      // of projections
   Tensor maxima_P2_, history_HP2_, expected_P2_;
-  bool has_history_ = false;
+  Tensor holds_history_;      // bool without dims, on the device
+  bool has_history_ = false;  // as far as the host knows
 };
 
 // How a pass multiplies: in the weight's type, or in fp8 where given and the weight is covered.

@@ -205,6 +205,27 @@ TEST_F(DelayedScaling, EvaluationAndSkippedSteps_LeaveNoTrace) {
   expect_scaled(1, 1);
 }
 
+// What a device does with its flag is what the host does when it knows.
+TEST_F(DelayedScaling, StepsThatTheDeviceDecides_MoveTheHistoryAlike) {
+  const Fp8Options options{.scaling = Fp8Scaling::kDelayed, .history = 3, .projections = {"w"}};
+  Fp8Linear host(options), device(options);
+  float size = 1;
+  for (const bool applied : {false, true, true, false, true, false, true, true}) {
+    ++size;
+    for (const Fp8Linear* one : {&host, &device}) one->step_maxima_P2().fill_(size);
+    host.finish_step(applied);
+    device.finish_step_on_device(at::scalar_tensor(applied ? 0 : 1, at::kInt));
+    EXPECT_TRUE(at::equal(device.history_HP2(), host.history_HP2()));
+    EXPECT_EQ(device.step_maxima_P2().abs().max().item<float>(), 0);
+  }
+  EXPECT_TRUE(device.note_applied());
+  EXPECT_FALSE(device.note_applied());
+  const at::NoGradGuard no_grad;
+  const Tensor x = normal({kTokens, kIn}, 1).to(at::kBFloat16);
+  EXPECT_TRUE(at::equal(linear(x, projection_of(store_), true, {.fp8 = &device}),
+                        linear(x, projection_of(store_), true, {.fp8 = &host})));
+}
+
 TEST_F(DelayedScaling, HistoryOfACheckpoint_GoesOn) {
   (void)run(4);
   fp8_.finish_step(true);

@@ -57,6 +57,15 @@ TEST(Fp8Plan, WhatCannotBeHonouredIsRefused) {
   EXPECT_EQ(complaint_of({}), "");
 }
 
+TEST(Fp8Plan, AnyScalingGoesWithGraphs) {
+  Topology gpu = machine(1);
+  gpu.device = "cuda";
+  for (const char* scaling : {"tensor", "row", "delayed"})
+    EXPECT_TRUE(
+        plan_of(resolved({"run.graphs=true", std::string("precision.fp8.scaling=") + scaling}), gpu)
+            .resolved.run.graphs);
+}
+
 TEST(Fp8Plan, SidesOfProducts_AreMultiplesOf16) {
   EXPECT_THAT(complaint_of({"model.intermediate_size=700"}),
               AllOf(HasSubstr("model.intermediate_size: got intermediate_size = 700"),
