@@ -22,11 +22,13 @@ BackwardUpdates::BackwardUpdates(parallel::ParallelModel& model,
 }
 
 void BackwardUpdates::open_step(const StepControl::Update& update) {
+  curvature_.reset();
   numbers_ = update;
   squares_ = {};
 }
 
 void BackwardUpdates::open_step(DeviceDecision& device, bool publishes) {
+  curvature_.reset();
   device_ = &device;
   publishes_ = publishes;
   device.open_updates();
@@ -36,6 +38,7 @@ void BackwardUpdates::update(int store) {
   const at::NoGradGuard no_grad;
   const trace::Span span("optimizer", "update");
   const size_t shard = shard_of_.at(static_cast<size_t>(store)).value();
+  if (curvature_) return optimizer_.of(shard).observe_curvature(*curvature_);
   if (device_) {
     device_->add_squares(shard);
     optimizer_.of(shard).step_on_device(device_->numbers(), seed_);

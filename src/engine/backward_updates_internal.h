@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // optimizer.in_backward: every store is updated as soon as its gradient of the step is summed, and
-// its squares are added up before they are overwritten.
+// its squares are added up before they are overwritten. A pass for the curvature is observed store
+// by store likewise.
 #pragma once
 #include <optional>
 #include <vector>
@@ -25,6 +26,8 @@ class BackwardUpdates {
   // what is updated is published by the caller, behind all updates.
   void open_step(const StepControl::Update& update);
   void open_step(DeviceDecision& device, bool publishes);
+  // Before a pass for the curvature, which ends with the next open_step.
+  void open_curvature(const optim::CurvaturePass& pass) { curvature_ = pass; }
   // Behind the passes: squares of all shards, where the host gave the numbers.
   [[nodiscard]] const optim::SquareSums& squares() const { return squares_; }
 
@@ -40,6 +43,7 @@ class BackwardUpdates {
   StepControl::Update numbers_;
   DeviceDecision* device_ = nullptr;
   bool publishes_ = true;
+  std::optional<optim::CurvaturePass> curvature_;
   optim::SquareSums squares_;
 };
 

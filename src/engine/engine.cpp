@@ -273,18 +273,29 @@ struct Engine::Impl {
   // draws.
   void estimate_curvature(StepWork work, const std::vector<MicroBatch>& on_host) {
     const auto seed = static_cast<uint64_t>(plan.resolved.run.seed);
-    std::vector<Tensor> uniform;
-    for (const MicroBatch& batch : on_host)
-      uniform.push_back(to_device(uniform_numbers(batch, seed, started_steps()), device));
-    work.uniform = &uniform;
-    executor.run(work, [&](const Tensor&) {
-      model.buckets->finish_step();
-      if (host_updates) host_updates->await_gradients();
-      optimizer->observe_curvature({.tokens = static_cast<double>(plan.batch.tokens_per_step),
+    const optim::CurvaturePass pass{.tokens = static_cast<double>(plan.batch.tokens_per_step),
                                     .gradient_scale = 1.0 / work.loss_scale,
                                     .count = control.scalars().optimizer_count,
                                     .seed = seed,
-                                    .on_device = on_device ? &on_device->numbers() : nullptr});
+                                    .on_device = on_device ? &on_device->numbers() : nullptr};
+    const auto uniform = to_device(uniform_numbers(on_host, seed, started_steps()), device);
+    work.uniform = &uniform;
+    if (in_backward) in_backward->open_curvature(pass);
+    if (!graph) return run_curvature(work, pass);
+    load_graph(work);
+    graph->load_curvature(uniform);
+    work.uniform = &graph->uniform();
+    graph->curvature.run([&] {
+      if (model.fp8) model.fp8->forget_weights();
+      run_curvature(work, pass);
+    });
+  }
+
+  void run_curvature(const StepWork& work, const optim::CurvaturePass& pass) {
+    executor.run(work, [&](const Tensor&) {
+      model.buckets->finish_step();
+      if (host_updates) host_updates->await_gradients();
+      if (!in_backward) optimizer->observe_curvature(pass);
     });
   }
 
@@ -300,7 +311,8 @@ struct Engine::Impl {
     optimizer->step_on_device(on_device->numbers(), static_cast<uint64_t>(plan.resolved.run.seed));
   }
 
-  void step_by_graph(StepWork work) {
+  // What the graphs read of a step, where they read it.
+  void load_graph(StepWork& work) {
     std::vector<Tensor> weights;
     for (const MicroBatch& batch : *work.batches) {
       weights.push_back(executor.scaled_weights(work, batch));
@@ -310,6 +322,10 @@ struct Engine::Impl {
     graph->load(*work.batches, weights);
     work.batches = &graph->batches();
     work.weights = &graph->weights();
+  }
+
+  void step_by_graph(StepWork work) {
+    load_graph(work);
     graph->passes.run([&] {
       if (model.fp8) model.fp8->forget_weights();
       run_passes(work, graph->loss);

@@ -53,6 +53,24 @@ Tensor pinned(const Tensor& x) {
   return device::accelerator()->empty_pinned(x.sizes(), x.scalar_type()).copy_(x);
 }
 
+Tensor uniform_numbers_of(const MicroBatch& batch, uint64_t seed, uint64_t stream) {
+  const int64_t B = batch.ids_BT.size(0), T = batch.ids_BT.size(1);
+  const param::RowMap& rows = batch.rows;
+  CAPSTAN_CHECK(static_cast<int64_t>(rows.samples.size()) == B,
+                "drawing labels: {} sample numbers for {} rows", rows.samples.size(), B);
+  const int64_t row_length = rows.row_length > 0 ? rows.row_length : T;
+  Tensor made = at::empty({B, T}, at::kDouble);
+  auto* number = made.data_ptr<double>();
+  const auto* const place =
+      rows.row_index_T.defined() ? rows.row_index_T.const_data_ptr<int64_t>() : nullptr;
+  for (const int64_t sample : rows.samples)
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t token = sample * row_length + (place ? place[t] : t);
+      *number++ = philox::uniform(seed, stream, static_cast<uint64_t>(token));
+    }
+  return made;
+}
+
 }  // namespace
 
 int64_t count_targets(const Tensor& targets_BT) {
@@ -109,23 +127,18 @@ Tensor to_device(const Tensor& x, at::Device device) {
   return pinned(x).to(device, x.scalar_type(), /*non_blocking=*/true);
 }
 
-Tensor uniform_numbers(const MicroBatch& batch, uint64_t seed, int64_t step) {
-  const int64_t B = batch.ids_BT.size(0), T = batch.ids_BT.size(1);
-  const param::RowMap& rows = batch.rows;
-  CAPSTAN_CHECK(static_cast<int64_t>(rows.samples.size()) == B,
-                "drawing labels: {} sample numbers for {} rows", rows.samples.size(), B);
-  const int64_t row_length = rows.row_length > 0 ? rows.row_length : T;
+std::vector<Tensor> to_device(const std::vector<Tensor>& all, at::Device device) {
+  std::vector<Tensor> moved;
+  for (const Tensor& x : all) moved.push_back(to_device(x, device));
+  return moved;
+}
+
+std::vector<Tensor> uniform_numbers(const std::vector<MicroBatch>& batches, uint64_t seed,
+                                    int64_t step) {
   const uint64_t stream = philox::stream_of("curvature", std::to_string(step));
-  Tensor made = at::empty({B, T}, at::kDouble);
-  auto* number = made.data_ptr<double>();
-  const auto* const place =
-      rows.row_index_T.defined() ? rows.row_index_T.const_data_ptr<int64_t>() : nullptr;
-  for (const int64_t sample : rows.samples)
-    for (int64_t t = 0; t < T; ++t) {
-      const int64_t token = sample * row_length + (place ? place[t] : t);
-      *number++ = philox::uniform(seed, stream, static_cast<uint64_t>(token));
-    }
-  return made;
+  std::vector<Tensor> all;
+  for (const MicroBatch& batch : batches) all.push_back(uniform_numbers_of(batch, seed, stream));
+  return all;
 }
 
 MicroBatch to_device(const MicroBatch& batch, at::Device device) {

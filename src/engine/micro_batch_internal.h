@@ -28,10 +28,12 @@ void check_ids(const std::vector<MicroBatch>& batches, int64_t vocab_size);
                                                 at::Device device);
 
 [[nodiscard]] Tensor to_device(const Tensor& x, at::Device device);
+[[nodiscard]] std::vector<Tensor> to_device(const std::vector<Tensor>& all, at::Device device);
 
 // Numbers in (0, 1), one per token of a batch on the CPU: functions of (seed, step, sample, place
-// in the row) and of nothing else. fp64 [B, T].
-[[nodiscard]] Tensor uniform_numbers(const MicroBatch& batch, uint64_t seed, int64_t step);
+// in the row) and of nothing else. fp64 [B, T], a tensor per batch.
+[[nodiscard]] std::vector<Tensor> uniform_numbers(const std::vector<MicroBatch>& batches,
+                                                  uint64_t seed, int64_t step);
 
 // The part of whole rows that rank `rank` of the context axis works on (parallel/context_split.h).
 [[nodiscard]] MicroBatch cut_rows(const MicroBatch& rows, int ranks, int rank);

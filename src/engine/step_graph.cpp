@@ -13,8 +13,6 @@
 namespace capstan::engine {
 namespace {
 
-constexpr int kStepsBefore = 2;
-
 // Later steps differ in values, not in shape.
 void set(Tensor& fixed, const Tensor& value) {
   if (!value.defined()) return;
@@ -127,7 +125,7 @@ RecordedWork::~RecordedWork() {
 }
 
 void RecordedWork::run(const std::function<void()>& work) {
-  if (calls_ < kStepsBefore) {
+  if (is_run_next()) {
     ++calls_;
     return lane_.run(work);
   }
@@ -141,12 +139,12 @@ void RecordedWork::run(const std::function<void()>& work) {
 }
 
 void RecordedWork::forget() {
+  calls_ = std::min(calls_, first_calls_ - 1);
   if (!graph_.handle) return;
   device::Accelerator& accelerator = lane_.accelerator();
   accelerator.synchronize(accelerator.current_stream());
   accelerator.destroy(graph_);
   graph_ = {};
-  calls_ = kStepsBefore - 1;
 }
 
 void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights) {
@@ -171,6 +169,12 @@ void StepGraph::load(const std::vector<MicroBatch>& batches, const std::vector<T
   }
 }
 
+void StepGraph::load_curvature(const std::vector<Tensor>& uniform) {
+  if (curvature.is_run_next() || passes.is_run_next()) forget();
+  uniform_.resize(uniform.size());
+  for (size_t i = 0; i < uniform.size(); ++i) set(uniform_[i], uniform[i]);
+}
+
 bool StepGraph::needs_room(const std::vector<MicroBatch>& batches) const {
   return most_documents(batches) > places_;
 }
@@ -184,8 +188,7 @@ void StepGraph::make_room(const std::vector<MicroBatch>& batches) {
 }
 
 void StepGraph::forget() {
-  passes.forget();
-  update.forget();
+  for (RecordedWork* const work : {&curvature, &passes, &update}) work->forget();
 }
 
 }  // namespace capstan::engine

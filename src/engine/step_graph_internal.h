@@ -39,9 +39,9 @@ class Lane {
 // their kernels and taken their memory, and communicators have been made.
 class RecordedWork {
  public:
-  // `world` has all ranks that the work communicates with.
-  RecordedWork(const Lane& lane, comm::Communicator world)
-      : lane_(lane), world_(std::move(world)) {}
+  // `world` has all ranks that the work communicates with. The first calls are run as they are.
+  RecordedWork(const Lane& lane, comm::Communicator world, int first_calls = 2)
+      : lane_(lane), world_(std::move(world)), first_calls_(first_calls) {}
   ~RecordedWork();
   RecordedWork(const RecordedWork&) = delete;
   RecordedWork& operator=(const RecordedWork&) = delete;
@@ -51,12 +51,14 @@ class RecordedWork {
   // The work is another one from here on: it is run as it is once, and recorded anew. The host
   // waits.
   void forget();
+  [[nodiscard]] bool is_run_next() const { return calls_ < first_calls_; }
 
  private:
   void record(const std::function<void()>& work);
 
   const Lane& lane_;
   const comm::Communicator world_;
+  const int first_calls_;
   device::Graph graph_;
   comm::Ledger::Table traffic_;  // of a launch
   int calls_ = 0;
@@ -67,7 +69,10 @@ class StepGraph {
 
  public:
   StepGraph(device::Accelerator& accelerator, const comm::Communicator& world)
-      : lane_(accelerator), passes(lane_, world), update(lane_, world) {}
+      : lane_(accelerator),
+        curvature(lane_, world, 1),
+        passes(lane_, world),
+        update(lane_, world) {}
 
   // Whether there are more documents than ever.
   [[nodiscard]] bool needs_room(const std::vector<MicroBatch>& batches) const;
@@ -80,16 +85,24 @@ class StepGraph {
   void load(const std::vector<MicroBatch>& batches, const std::vector<Tensor>& weights);
   [[nodiscard]] const std::vector<MicroBatch>& batches() const { return batches_; }
   [[nodiscard]] const std::vector<Tensor>& weights() const { return weights_; }
+  // Likewise what labels are drawn by, before `curvature` is run. What is run as it is takes the
+  // memory that recordings lie in: where one of the works is, all are recorded again.
+  void load_curvature(const std::vector<Tensor>& uniform);
+  [[nodiscard]] const std::vector<Tensor>& uniform() const { return uniform_; }
 
-  // In this order, in every step.
-  RecordedWork passes;  // forward and backward of all micro-batches
-  RecordedWork update;  // sums, decision, optimizer
-  Tensor loss;          // what the passes leave for the update
+  // In this order, in every step; the first in some. Its ops are those of the passes, which have
+  // chosen kernels by then.
+  RecordedWork curvature;  // the optimizer's own pass and what it is for
+  RecordedWork passes;     // forward and backward of all micro-batches
+  RecordedWork update;     // sums, decision, optimizer
+  Tensor loss;             // what the passes leave for the update
 
  private:
+  void forget();
+
   int64_t places_ = 0;  // of starts of documents, in each micro-batch
   std::vector<MicroBatch> batches_;
-  std::vector<Tensor> weights_;
+  std::vector<Tensor> weights_, uniform_;
 };
 
 }  // namespace capstan::engine

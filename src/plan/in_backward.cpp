@@ -31,9 +31,6 @@ void check_waits(const Checker& c, const std::optional<BatchPlan>& batch) {
   c.refuse(r.optimizer.spike_skip.sigma.has_value(), "optimizer.spike_skip.sigma",
            "a step that has begun to update blocks cannot be skipped",
            "Set optimizer.spike_skip.sigma: none");
-  c.refuse(r.optimizer.name == "sophia", "optimizer.name sophia",
-           "its estimate of the curvature reads gradients as a whole",
-           "Set optimizer.name: adamw or lion");
   c.refuse(r.precision.compute == "fp16" && !r.precision.loss_scale,
            "the dynamic loss scale of fp16", "it skips steps whose gradients overflow",
            "Set precision.loss_scale, or precision.compute: bf16");

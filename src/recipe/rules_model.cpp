@@ -117,31 +117,10 @@ void check_moments(RuleContext& c) {
   c.add("optimizer.moments", moments, "auto", "precision.compute is fp64", "Leave the key out");
 }
 
-// A pass on drawn labels is no part of what these were made for.
-void check_sophia(RuleContext& c) {
-  if (!c.has({"optimizer.name", "precision.compute", "precision.fp8.scaling", "run.graphs",
-              "model.experts.count"}))
-    return;
-  const Recipe& r = c.recipe();
-  if (r.optimizer.name != "sophia") return;
-  const char* const why = "optimizer.name sophia estimates the curvature by a pass of its own";
-  if (r.precision.compute == "fp16")
-    c.add("precision.compute", "fp16", "bf16 or fp32", why, "Set precision.compute: bf16");
-  if (r.precision.fp8.scaling != "none")
-    c.add("precision.fp8.scaling", r.precision.fp8.scaling, "none", why, "Leave the key out");
-  if (r.run.graphs) c.add("run.graphs", "true", "false", why, "Leave the key out");
-  if (r.model.experts.count > 0)
-    c.add("optimizer.name", "sophia", "adamw or lion", "the losses of routers are no part of it",
-          "Set optimizer.name: adamw");
-}
-
 }  // namespace
 
 std::vector<Rule> model_rules() {
   return {
-      {"`optimizer.name: sophia` is for dense models in fp32, fp64 or bf16, without fp8 and "
-       "`run.graphs`.",
-       check_sophia},
       {"`model.hidden_size` is a multiple of `model.num_attention_heads`, unless `model.head_dim` "
        "is given.",
        check_heads},

@@ -148,6 +148,23 @@ std::vector<TinyRun> layouts() {
        .overrides = {"parallel.zero={stage: 3, shard_size: 2}", "model.tie_word_embeddings=true"}}};
 }
 
+TEST(DeviceGraphRanks, PassesForTheCurvatureAreLaunchedToo) {
+  for (const char* layout :
+       {"parallel.zero.stage=3", "parallel.tensor=2", "parallel.pipeline.size=2"}) {
+    SCOPED_TRACE(layout);
+    TinyRun run{.ranks = 2,
+                .overrides = {layout, "optimizer.name=sophia", "optimizer.sophia.interval=1"}};
+    const Trained plain = train_by(run);
+    run.graphs = true;
+    const Trained graph = train_by(run);
+    testing::expect_same_run(graph.run, plain.run, 0);
+    EXPECT_EQ(graph.run.hash, plain.run.hash);
+    EXPECT_EQ(graph.traffic, plain.traffic);
+    EXPECT_EQ(graph.launches, kWatched * 3);
+    EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(8);
+  }
+}
+
 TEST(DeviceGraphRanks, StepsAreThoseWithoutIt) {
   for (TinyRun run : layouts()) {
     SCOPED_TRACE(::testing::PrintToString(run.overrides));
@@ -238,11 +255,13 @@ TEST(DeviceGraphRanks, HistoriesOfMaximaAreLaunchedToo) {
 }
 
 // Documents of 12 tokens, and on rank 1 of two from step 4 on: rank 0 runs that step as it is, too.
-std::vector<std::pair<double, int64_t>> losses_and_launches(bool graphs) {
-  const TinyRun run{
+std::vector<std::pair<double, int64_t>> losses_and_launches(
+    bool graphs, const std::vector<std::string>& more = {}) {
+  TinyRun run{
       .ranks = 2,
       .overrides = {"precision.compute=bf16", "model.head_dim=16", "data.documents=separate"},
       .graphs = graphs};
+  run.overrides.insert(run.overrides.end(), more.begin(), more.end());
   const plan::Plan plan = testing::make_tiny_plan(run);
   std::vector<std::pair<double, int64_t>> made;
   run_device_ranks(2, [&](const comm::Communicator& world) {
@@ -265,15 +284,25 @@ std::vector<std::pair<double, int64_t>> losses_and_launches(bool graphs) {
   return made;
 }
 
-TEST(DeviceGraphRanks, RecordAgainTogether) {
-  const auto plain = losses_and_launches(false), graph = losses_and_launches(true);
-  ASSERT_EQ(graph.size(), plain.size());
+std::vector<int64_t> launches_of(const std::vector<std::string>& more) {
+  const auto plain = losses_and_launches(false, more), graph = losses_and_launches(true, more);
+  EXPECT_EQ(graph.size(), plain.size());
   std::vector<int64_t> launches;
   for (size_t i = 0; i < graph.size(); ++i) {
     EXPECT_EQ(graph[i].first, plain[i].first);
     launches.push_back(graph[i].second);
   }
-  EXPECT_THAT(launches, ElementsAre(0, 0, 2, 2, 0, 2, 2));
+  return launches;
+}
+
+TEST(DeviceGraphRanks, RecordAgainTogether) {
+  EXPECT_THAT(launches_of({}), ElementsAre(0, 0, 2, 2, 0, 2, 2));
+}
+
+// The pass for the curvature in step 2 is no work of before, and in step 4 of another size.
+TEST(DeviceGraphRanks, RecordThePassForTheCurvatureAgain) {
+  EXPECT_THAT(launches_of({"optimizer.name=sophia", "optimizer.sophia.interval=2"}),
+              ElementsAre(0, 0, 0, 2, 0, 2, 3));
 }
 
 TEST(DeviceGraphRanks, RankThatFails_EndsTheLaunchesOfTheOthers) {

@@ -78,6 +78,32 @@ class DeviceGraph : public ::testing::TestWithParam<bool> {
   void TearDown() override { ops::install_device_kernels(nullptr); }
 };
 
+// The optimizer's own pass is a third graph, in the steps that have it. Where it comes first when
+// the step is recorded already, the step is recorded again.
+TEST_P(DeviceGraph, PassesForTheCurvatureAreLaunchedToo) {
+  struct Form {
+    int interval, launches;  // of the pass in the last three of seven steps
+    std::vector<std::string> overrides;
+  };
+  std::vector<Form> forms = {{1, 3, {"precision.compute=fp16", "precision.loss_scale=128"}},
+                             {2, 2, {"data.documents=separate", "precision.compute=bf16"}},
+                             {3, 1, {"parallel.recompute.mode=block"}}};
+  if (GetParam()) forms.push_back({3, 1, {"optimizer.moments=bf16", "precision.compute=bf16"}});
+  for (Form& form : forms) {
+    SCOPED_TRACE(form.overrides.front());
+    form.overrides.insert(form.overrides.end(),
+                          {"optimizer.name=sophia", "optimizer.lr=1.0e-3",
+                           "optimizer.sophia.interval=" + std::to_string(form.interval)});
+    const Trained plain = train_by({.overrides = form.overrides});
+    const Trained graph = train_by({.overrides = form.overrides, .graphs = true});
+    testing::expect_same_run(graph.run, plain.run, 0);
+    EXPECT_EQ(graph.run.hash, plain.run.hash);
+    EXPECT_EQ(graph.launches, 3 * 2 + form.launches);
+    EXPECT_EQ(graph.waits, 0) << test::last_host_syncs(graph.waits);
+    EXPECT_EQ(plain.waits, 0) << test::last_host_syncs(plain.waits);
+  }
+}
+
 TEST_P(DeviceGraph, StepsAreThoseWithoutIt) {
   auto all = cases();
   for (const char* more : {"run.seed=4", "precision.compute=bf16", "optimizer.name=lion",

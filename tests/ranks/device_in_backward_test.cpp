@@ -48,9 +48,12 @@ TEST_P(InBackwardOnADevice, SameBits) {
       {"precision.compute=bf16"},
       {"precision.compute=fp16", "precision.loss_scale=128"},
       {"optimizer.name=lion", "parallel.recompute.mode=block"},
+      {"optimizer.name=sophia", "optimizer.sophia.interval=1"},
       {"model.family=moe", "model.experts.count=4", "model.experts.per_token=2"}};
   if (GetParam()) {
     runs.push_back({"optimizer.moments=bf16", "precision.compute=bf16"});
+    runs.push_back({"optimizer.moments=bf16", "precision.compute=bf16", "optimizer.name=sophia",
+                    "optimizer.sophia.interval=2"});
     runs.push_back({"optimizer.moments=int8", "precision.compute=fp32", "model.hidden_size=256",
                     "model.intermediate_size=256", "model.num_hidden_layers=1"});
   }

@@ -190,7 +190,12 @@ std::vector<std::vector<std::string>> narrow_runs() {
   return {
       {"optimizer.moments=bf16", "precision.compute=bf16"},
       {"optimizer.moments=int8", "precision.compute=fp32", "model.hidden_size=256",
-       "model.intermediate_size=256", "model.num_hidden_layers=1", "model.initializer_range=0.05"}};
+       "model.intermediate_size=256", "model.num_hidden_layers=1", "model.initializer_range=0.05"},
+      {"optimizer.name=sophia", "optimizer.sophia.interval=1", "optimizer.moments=bf16",
+       "precision.compute=bf16"},
+      {"optimizer.sophia.interval=1", "optimizer.name=sophia", "optimizer.moments=int8",
+       "precision.compute=fp32", "model.hidden_size=256", "model.intermediate_size=256",
+       "model.num_hidden_layers=1", "model.initializer_range=0.05"}};
 }
 
 // What the CPU gives, before there is a device: a process has one.

@@ -111,6 +111,94 @@ TEST(Sophia, Layouts_EqualOneRank) {
   }
 }
 
+std::vector<std::string> with_experts(std::vector<std::string> more = {}) {
+  more.insert(more.end(), {"model.family=moe", "model.experts.count=4", "model.experts.per_token=2",
+                           "model.experts.z_loss=0.001", "model.experts.bias_update_rate=0.01"});
+  return sophia(more);
+}
+
+TEST(Sophia, LayoutsOfExperts_EqualOneRank) {
+  const TinyResult one = train({.steps = 5, .overrides = with_experts()});
+  for (const LayoutOf& layout : {LayoutOf{2, {"parallel.expert=2", "parallel.zero.stage=1"}},
+                                 {2, {"parallel.expert=2", "parallel.tensor=2"}},
+                                 {2, {"parallel.context.size=2"}},
+                                 {2, {"parallel.zero.stage=3", "parallel.recompute.mode=block"}},
+                                 {2, {"parallel.pipeline.size=2"}}}) {
+    SCOPED_TRACE(layout.overrides.front());
+    const TinyResult run =
+        train({.ranks = layout.ranks, .steps = 5, .overrides = with_experts(layout.overrides)});
+    for (size_t i = 0; i < one.reports.size(); ++i) {
+      EXPECT_NEAR(run.reports[i].loss, one.reports[i].loss, 1e-9) << i;
+      EXPECT_NEAR(run.reports[i].grad_norm, one.reports[i].grad_norm, 1e-9) << i;
+      for (size_t e = 0; e < one.reports[i].experts.size(); ++e)
+        EXPECT_EQ(run.reports[i].experts[e].tokens, one.reports[i].experts[e].tokens) << i;
+    }
+  }
+}
+
+// Weights that do not move, so that runs differ in the pass alone.
+std::vector<std::string> at_rest(std::vector<std::string> more) {
+  more.insert(more.end(), {"optimizer.name=sophia", "optimizer.sophia.interval=1",
+                           "optimizer.betas=[0.9, 0]", "optimizer.lr=1.0e-300"});
+  return more;
+}
+Tensor curvature_at_rest(std::vector<std::string> more) {
+  Tensor made;
+  with_engines({.overrides = at_rest(std::move(more))}, [&](int rank, Engine& engine) {
+    const auto objective = make_next_token_objective();
+    for (int step = 0; step < 2; ++step)
+      (void)engine.step(make_batches(engine.plan(), rank, step), *objective);
+    made = curvature_of(engine);
+  });
+  return made;
+}
+
+TEST(Sophia, LossesOnRouters_AreNoPartOfTheCurvature) {
+  const std::vector<std::string> experts = {"model.family=moe", "model.experts.count=4",
+                                            "model.experts.per_token=2"};
+  auto with_losses = experts;
+  with_losses.insert(with_losses.end(),
+                     {"model.experts.auxiliary_loss=0.5", "model.experts.z_loss=0.5"});
+  auto without = experts;
+  without.emplace_back("model.experts.auxiliary_loss=0");
+  const Tensor one = curvature_at_rest(without);
+  EXPECT_GT(one.sum().item<double>(), 0);
+  EXPECT_TRUE(curvature_at_rest(with_losses).equal(one));
+}
+
+// A choice is counted in the pass of the step and not in the optimizer's.
+TEST(Sophia, TheExtraPassCountsNoToken) {
+  const auto overrides = with_experts();
+  const TinyResult run = train({.steps = 4, .overrides = overrides});
+  for (const StepReport& report : run.reports) {
+    ASSERT_FALSE(report.experts.empty());
+    for (const auto& load : report.experts) {
+      double tokens = 0;
+      for (const auto count : load.tokens) tokens += static_cast<double>(count);
+      EXPECT_EQ(tokens, 8 * 12 * 2);
+    }
+  }
+}
+
+// The scale of the loss is none of the curvature's.
+TEST(Sophia, LossScaleOfFp16_LeavesTheCurvature) {
+  const Tensor wide = curvature_at_rest({"precision.compute=fp32"}).to(at::kDouble);
+  const auto distance = [&](const char* scale) {
+    const Tensor narrow = curvature_at_rest({"precision.compute=fp16", scale}).to(at::kDouble);
+    return (narrow - wide).norm().item<double>() / wide.norm().item<double>();
+  };
+  EXPECT_LT(distance("precision.loss_scale=256"), 0.02);
+  EXPECT_LT(distance("precision.loss_scale=4096"), 0.02);
+  EXPECT_LT(distance("precision.loss_scale=dynamic"), 0.02);
+}
+
+// Where gradients of the pass overflow their curvature stays; the run goes on.
+TEST(Sophia, OverflowOfFp16_LeavesTheCurvature) {
+  const Tensor overflown =
+      curvature_at_rest({"precision.compute=fp16", "precision.loss_scale=1.0e+30"});
+  EXPECT_TRUE(overflown.isfinite().all().item<bool>());
+}
+
 // Without the pass the run would be another one.
 TEST(Sophia, TheCurvatureMatters) {
   const TinyResult one = train({.steps = 6, .overrides = sophia()});

@@ -89,7 +89,7 @@ struct Context {
   KvCache* cache = nullptr;      // kDecode only
   StatSink* stats = nullptr;
   double rows_of_step = 0;  // samples of the whole optimizer step; losses on routers need it
-  double loss_scale = 1;    // what the token weights were multiplied with
+  double loss_scale = 1;    // that of the token weights; 0: no losses on routers
   std::span<const RouterState> routers;  // by layer of the model
 };
 

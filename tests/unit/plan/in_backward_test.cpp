@@ -39,6 +39,7 @@ TEST(OptimizerInBackward, IsRefusedByName) {
     }
     return "accepted";
   };
+  EXPECT_EQ(why({"optimizer.name=sophia"}), "accepted");
   EXPECT_THAT(why({"optimizer.max_grad_norm=1.0"}), HasSubstr("Set optimizer.max_grad_norm: none"));
   EXPECT_THAT(why({"optimizer.spike_skip.sigma=6"}), HasSubstr("spike_skip.sigma: none"));
   EXPECT_THAT(why({"precision.compute=fp16"}), HasSubstr("precision.loss_scale"));
