@@ -280,6 +280,7 @@ struct Engine::Impl {
                                     .on_device = on_device ? &on_device->numbers() : nullptr};
     const auto uniform = to_device(uniform_numbers(on_host, seed, started_steps()), device);
     work.uniform = &uniform;
+    work.scale_on_device = {};  // scaled and unscaled by the number that the host knows
     if (in_backward) in_backward->open_curvature(pass);
     if (!graph) return run_curvature(work, pass);
     load_graph(work);

@@ -35,6 +35,9 @@ void check_graphs(Draft& draft) {
     if (const auto obstacle = grouped_obstacle(r))
       refuse(true, "the host counts the rows of experts, as " + obstacle->why, obstacle->fix);
   }
+  refuse(r.optimizer.name == "sophia" && r.precision.compute == "fp16" && !r.precision.loss_scale,
+         "the pass for sophia's curvature is recorded with one loss scale",
+         "Set precision.loss_scale");
   refuse(r.parallel.zero.offload != "none" || r.parallel.offload_activations,
          "a graph with parallel.zero.offload or parallel.offload_activations" + not_yet,
          "Set parallel.zero.offload: none and parallel.offload_activations: false");

@@ -14,26 +14,13 @@ namespace {
 using ::testing::HasSubstr;
 using testing::machine;
 using testing::plan_of;
+using testing::problems_of;
 using testing::resolved;
 
 bool has_choice(const Plan& plan, const std::string& text) {
   return std::any_of(plan.choices.begin(), plan.choices.end(), [&](const std::string& choice) {
     return choice.find(text) != std::string::npos;
   });
-}
-
-// The problems of a plan that is refused.
-std::vector<recipe::Problem> problems_of(const recipe::Resolved& recipe, const Topology& topology,
-                                         const PlanInputs& inputs = {
-                                             .tokenizer_vocab_size = 8192}) {
-  try {
-    (void)make_plan(recipe, topology, inputs);
-  } catch (const recipe::RecipeError& e) {
-    EXPECT_EQ(e.exit_code(), 2);
-    return e.problems();
-  }
-  ADD_FAILURE() << "the plan was accepted";
-  return {};
 }
 
 std::string text_of(const std::vector<recipe::Problem>& problems) {
@@ -136,36 +123,6 @@ TEST(MakePlan, WarnsWhenRanksShareCores) {
   EXPECT_TRUE(has_choice(plan_of(resolved({"run.threads=2"}), machine(2, 2)),
                          "warning: 2 ranks x 2 threads"));
   EXPECT_FALSE(has_choice(plan_of(resolved(), machine(2, 2)), "warning"));
-}
-
-TEST(MakePlan, Graphs_AreRefusedByName) {
-  recipe::Resolved recipe = resolved({"run.graphs=true"});
-  Topology gpu = machine(1);
-  gpu.device = "cuda";
-  Topology two = machine(2);
-  two.device = "cuda";
-  EXPECT_TRUE(plan_of(recipe, gpu).resolved.run.graphs);
-  for (const char* rule :
-       {"data.documents=separate", "optimizer.spike_skip.sigma=6", "precision.compute=fp16"})
-    EXPECT_TRUE(plan_of(resolved({"run.graphs=true", rule}), gpu).resolved.run.graphs);
-  for (const char* method : {"ring", "all_to_all"})
-    EXPECT_TRUE(
-        plan_of(resolved({"run.graphs=true", "data.documents=separate", "parallel.context.size=2",
-                          std::string("parallel.context.method=") + method}),
-                two)
-            .resolved.run.graphs);
-  const auto why = [&](std::vector<std::string> more, Topology topology) {
-    more.push_back("run.graphs=true");
-    const auto problems = problems_of(resolved(more), topology);
-    EXPECT_EQ(problems.size(), 1U) << text_of(problems);
-    EXPECT_EQ(problems.at(0).key, "run.graphs");
-    return problems.at(0).text();
-  };
-  for (const char* layout : {"parallel.zero.stage=3", "parallel.tensor=2",
-                             "parallel.context.size=2", "parallel.pipeline.size=2"})
-    EXPECT_TRUE(plan_of(resolved({"run.graphs=true", layout}), two).resolved.run.graphs);
-  EXPECT_THAT(why({}, machine(1)), HasSubstr("run.device"));
-  EXPECT_THAT(why({"parallel.offload_activations=true"}, gpu), HasSubstr("offload_activations"));
 }
 
 // One refused plan: which key, and words the message must have.

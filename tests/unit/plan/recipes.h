@@ -52,4 +52,17 @@ inline Plan plan_of(const recipe::Resolved& recipe, const Topology& topology) {
   return make_plan(recipe, topology, {.tokenizer_vocab_size = 8192});
 }
 
+// Why a plan is refused; nothing if it is not.
+inline std::vector<recipe::Problem> problems_of(const recipe::Resolved& recipe,
+                                                const Topology& topology,
+                                                const PlanInputs& inputs = {
+                                                    .tokenizer_vocab_size = 8192}) {
+  try {
+    (void)make_plan(recipe, topology, inputs);
+  } catch (const recipe::RecipeError& e) {
+    return e.problems();
+  }
+  return {};
+}
+
 }  // namespace capstan::plan::testing
