@@ -91,13 +91,10 @@ param::Context Executor::train_context(int micro_batch, const MicroBatch& batch,
                          .micro_batch = micro_batch,
                          .rows = &batch.rows};
   context.rows_of_step = static_cast<double>(plan_.batch.global_samples);
-  // Drawn labels are no part of the losses on routers, and a row is counted once. What else reads
-  // the scale there is refused on a device that decides it.
-  if (work.uniform)
-    context.loss_scale = 0;
-  else
-    context.loss_scale =
-        work.scale_on_device.defined() ? std::numeric_limits<double>::quiet_NaN() : work.loss_scale;
+  // Drawn labels are no part of the losses on routers, and a row is counted once.
+  context.loss_scale = work.uniform ? 0 : work.loss_scale;
+  // What else reads it here is refused on a device that decides it.
+  if (work.scale_on_device.defined()) context.loss_scale = std::numeric_limits<double>::quiet_NaN();
   if (!model_.balance) return context;
   if (!work.uniform) context.stats = model_.balance.get();
   context.routers = model_.balance->states();
