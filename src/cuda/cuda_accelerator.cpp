@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "capstan/base/error.h"
+#include "capstan/base/log.h"
 
 namespace capstan::cuda {
 namespace {
@@ -25,6 +26,14 @@ void check(cudaError_t result, const char* call) {
                            .need = "success",
                            .why = "an earlier kernel may have failed: errors arrive late",
                            .fix = "Run again with CUDA_LAUNCH_BLOCKING=1 to see which"});
+}
+
+// Of the end of things, which may be that of a run whose device has failed: the failure that is on
+// its way to the user stays the one.
+bool is_still_well(cudaError_t result, const char* call) {
+  if (result == cudaSuccess) return true;
+  log::debug("cuda", "calling {} at the end: {}", call, cudaGetErrorString(result));
+  return false;
 }
 
 cudaStream_t raw(device::Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
@@ -90,7 +99,7 @@ device::Event CudaAccelerator::create_event() {
 }
 
 void CudaAccelerator::destroy(device::Event event) {
-  check(cudaEventDestroy(raw(event)), "cudaEventDestroy");
+  (void)is_still_well(cudaEventDestroy(raw(event)), "cudaEventDestroy");
 }
 
 void CudaAccelerator::record(device::Event event, device::Stream stream) {
@@ -141,7 +150,10 @@ void CudaAccelerator::destroy(device::Graph graph) {
 }
 
 device::Pool CudaAccelerator::create_pool() { return {new at::cuda::MemPool}; }
-void CudaAccelerator::destroy(device::Pool pool) { delete raw(pool); }
+// LibTorch's destructor ends the program when the device has failed.
+void CudaAccelerator::destroy(device::Pool pool) {
+  if (is_still_well(cudaDeviceSynchronize(), "cudaDeviceSynchronize")) delete raw(pool);
+}
 
 void CudaAccelerator::begin_allocating(device::Pool pool) {
   const auto is_here = [here = raw(current_stream())](cudaStream_t stream) {
