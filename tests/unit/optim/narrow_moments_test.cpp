@@ -38,7 +38,7 @@ struct Fixture {
     t.first = blocks ? at::arange(count, at::kLong).mul_(37).to(at::kByte)
                      : wave(count, 2.1).mul_(0.1).to(moments);
     if (has_second(rule))
-      t.second = blocks ? at::arange(count, at::kLong).mul_(91).to(at::kByte)
+      t.second = blocks ? at::arange(count, at::kLong).mul_(91).remainder_(201).to(at::kByte)
                         : wave(count, 0.7).square_().mul_(0.01).to(moments);
     if (!blocks) return;
     t.first_scale = wave(count / 256, 0.4, at::kFloat).abs_();

@@ -223,8 +223,8 @@ TEST(EightBitCurvature, IsReadUpdatedAndCodedBlockByBlock) {
 // stand still, as steps of the code are larger.
 TEST(NarrowCurvature, CreepsAsThatOfFp32) {
   for (const auto type : {at::kBFloat16, at::kByte}) {
-    const NarrowFixture narrow(65536, type);
-    Fixture wide(65536, at::kFloat);
+    const NarrowFixture narrow(16384, type);
+    Fixture wide(16384, at::kFloat);
     narrow.t.second.zero_();
     wide.t.second.zero_();
     narrow.t.gradient.uniform_(0.5, 1);
