@@ -90,8 +90,11 @@ TEST_F(DecideStep, LossScale_FollowsTheSteps) {
   EXPECT_EQ(scale(bad), 1);
   EXPECT_EQ(scale(good), 1);  // the steps before are forgotten
   EXPECT_EQ(scale(good, true), 1);
-  EXPECT_EQ(scale(good), 2);  // a void step is a good one
-  EXPECT_DOUBLE_EQ(steps.decide(good).norm, 1.0);
+  EXPECT_EQ(scale(good), 2);                   // a void step is a good one
+  const StepState after = steps.decide(good);  // by the new scale, at which it is the first
+  EXPECT_DOUBLE_EQ(after.norm, 1.0);
+  EXPECT_EQ(after.loss_scale, 2);
+  EXPECT_EQ(after.good_steps, 1);
   for (int i = 0; i < 12; ++i) (void)scale(good);
   EXPECT_EQ(scale(good), 8);
   for (int i = 0; i < 6; ++i) (void)scale(bad);
