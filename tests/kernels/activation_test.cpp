@@ -68,6 +68,7 @@ void check_case(const Case& c, Activation kind, bool gated) {
     std::vector<Array> y;
     y.push_back(Array::of_size(c.dtype, c.rows * c.features, c.shift));
     y.emplace_back(c.dtype, x.values(), c.shift);
+    y.emplace_back(c.dtype, grad.values(), c.shift);
     args.x = x.data();
     args.grad = nullptr;
     args.out = y[0].data();
@@ -75,12 +76,17 @@ void check_case(const Case& c, Activation kind, bool gated) {
     args.x = args.out = y[1].data();  // in place
     args.grad = grad.data();
     api().activation_backward(args, nullptr);
+    if (gated) return y;
+    args.x = x.data();
+    args.grad = args.out = y[2].data();
+    api().activation_backward(args, nullptr);
     return y;
   });
   const Expected e = reference(c, kind, gated, x.values(), grad.values());
   const Tolerance t = c.dtype == DType::kFp64 ? Tolerance{1e-9, 1e-9} : tolerance_of(c.dtype);
   expect_close(out[0].values(), e.forward, t, "out");
   expect_close(out[1].values(), e.backward, t, "dx");
+  if (!gated) expect_close(out[2].values(), e.backward, t, "dx over the gradient");
 }
 
 class GatedActivation : public KernelTest {};
