@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 #include "ops/gemm_internal.h"
@@ -60,6 +61,18 @@ void run_in_parts(LtApi& api, const GemmChoice& alone, const Product& product) {
   finish(product);
 }
 
+// Microseconds of each; the first round loads kernels.
+std::vector<double> best_of_turns(LtApi& api, const std::vector<std::function<void()>>& works) {
+  const device::Stream stream = device::accelerator()->current_stream();
+  std::vector<double> us(works.size(), std::numeric_limits<double>::infinity());
+  for (int round = 0; round <= kRounds; ++round)
+    for (size_t i = 0; i < works.size(); ++i) {
+      const double taken = api.time_us(stream, kRepeats, works[i]);
+      if (round > 0) us[i] = std::min(us[i], taken / kRepeats);
+    }
+  return us;
+}
+
 }  // namespace
 
 Product scratch_product(const LtProblem& p) {
@@ -88,28 +101,20 @@ GemmChoice fastest(LtApi& api, const LtProblem& problem, bool may_be_libtorch) {
   if (is_fused(problem)) alone = fastest(api, plain_of(problem), may_be_libtorch);
   const bool has_rival = alone || (may_be_libtorch && has_libtorch_form(problem));
   const Product product = scratch_product(problem);
-  const auto rival = [&] {
-    alone ? run_in_parts(api, *alone, product) : multiply_by_libtorch(product);
-  };
-  const device::Stream stream = device::accelerator()->current_stream();
-  constexpr double kNever = std::numeric_limits<double>::infinity();
-  std::vector<double> us(list.size(), kNever);
-  double rival_us = kNever;
-  // The first round loads kernels.
-  for (int round = 0; round <= kRounds; ++round) {
-    for (size_t i = 0; i < list.size(); ++i) {
-      const double taken =
-          api.time_us(stream, kRepeats, [&] { run_algorithm(api, problem, list[i], product); });
-      if (round > 0) us[i] = std::min(us[i], taken / kRepeats);
-    }
-    if (!has_rival) continue;
-    const double taken = api.time_us(stream, kRepeats, rival);
-    if (round > 0) rival_us = std::min(rival_us, taken / kRepeats);
+  std::vector<std::function<void()>> works;
+  for (const LtAlgorithm& algorithm : list)
+    works.emplace_back([&] { run_algorithm(api, problem, algorithm, product); });
+  if (has_rival)
+    works.emplace_back(
+        [&] { alone ? run_in_parts(api, *alone, product) : multiply_by_libtorch(product); });
+  std::vector<double> us = best_of_turns(api, works);
+  if (has_rival) {
+    choice.rival_us = us.back();
+    us.pop_back();
   }
   const auto best = static_cast<size_t>(std::min_element(us.begin(), us.end()) - us.begin());
   choice.us = us[best];
-  if (has_rival) choice.rival_us = rival_us;
-  if (!has_rival || us[best] < rival_us) choice.algorithm = list[best];
+  if (!has_rival || choice.us < choice.rival_us) choice.algorithm = list[best];
   return choice;
 }
 
