@@ -276,17 +276,20 @@ TEST_F(DeviceGemm, DeterministicRunsMeasureNothing) {
 // Launched steps are those run one op at a time. The file spares both the first step without
 // choices.
 TEST_F(DeviceGemm, GraphsLaunchTheSameAlgorithms) {
-  const test::TempDir folder;
-  (void)install();
-  TinyRun run = bf16("cublaslt");
-  run.steps = 6;
-  run.gemm_file = (folder.path() / "products.txt").string();
-  (void)train_on_device(run);
-  const Trained plain = train_on_device(run);
-  run.graphs = true;
-  const int64_t before = test::graph_launches();
-  EXPECT_EQ(train_on_device(run).hash, plain.hash);
-  EXPECT_GT(test::graph_launches(), before);
+  for (const auto& overrides : {std::vector<std::string>{}, kGpt2}) {
+    const test::TempDir folder;
+    const auto api = install();
+    TinyRun run = bf16("cublaslt", overrides);
+    run.steps = 6;
+    run.gemm_file = (folder.path() / "products.txt").string();
+    (void)train_on_device(run);
+    const Trained plain = train_on_device(run);
+    run.graphs = true;
+    const int64_t before = test::graph_launches();
+    EXPECT_EQ(train_on_device(run).hash, plain.hash);
+    EXPECT_GT(test::graph_launches(), before);
+    EXPECT_EQ(api->products(ops::LtEpilogue::kGeluGradient) > 0, !overrides.empty());
+  }
 }
 
 TEST_F(DeviceGemm, WithoutCublasltAWishIsRefusedAndAutoIsNone) {
