@@ -98,8 +98,6 @@ class StepGraph {
   Tensor loss;             // what the passes leave for the update
 
  private:
-  void forget();
-
   int64_t places_ = 0;  // of starts of documents, in each micro-batch
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> weights_, uniform_;

@@ -27,9 +27,6 @@ Shared shared_of(const FlatStep& constants, const StepNumbers& numbers) {
 
 // One job's part of the tensors.
 struct Part {
-  Part(const FlatJob& job, const FlatStep& constants, const Shared& shared)
-      : job(job), constants(constants), shared(shared) {}
-
   [[nodiscard]] Tensor of(const Tensor& x) const {
     return x.narrow(0, job.begin, job.end - job.begin);
   }
