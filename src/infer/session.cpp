@@ -59,7 +59,7 @@ recipe::Resolved recipe_for_use(const checkpoint::FoundStep& step,
 plan::Topology topology_for_use(const std::string& device) {
   plan::Topology topology = plan::local_topology(1, 1, device);
   topology.device = device;
-  topology.memory_bytes = 0;
+  topology.memory_bytes = topology.host_memory_bytes = 0;
   return topology;
 }
 

@@ -4,23 +4,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <iterator>
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/error.h"
+#include "capstan/plan/host_slabs.h"
 #include "parallel/host_arena_internal.h"
 
 namespace capstan::parallel {
-namespace {
-
-// Whole powers of two, to which LibTorch rounds pinned memory up; as large as all before.
-constexpr int64_t kSmallestSlab = kMiB, kLargestSlab = kGiB, kRound = 512;
-
-}  // namespace
-
 HostArena::Place HostArena::take(int64_t bytes) {
-  const int64_t needed = std::max(kRound, (bytes + kRound - 1) / kRound * kRound);
+  const int64_t needed = std::max(plan::kHostRound, round_up(bytes, plan::kHostRound));
   const std::lock_guard lock(mutex_);
   for (size_t s = 0; s < slabs_.size(); ++s) {
     auto& free = slabs_[s].free;
@@ -32,8 +25,7 @@ HostArena::Place HostArena::take(int64_t bytes) {
     if (size > needed) free.emplace(begin + needed, size - needed);
     return {s, begin, needed};
   }
-  const auto wanted = std::max(needed, std::clamp(reserved(), kSmallestSlab, kLargestSlab));
-  const auto size = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted)));
+  const int64_t size = plan::next_host_slab(reserved(), needed);
   slabs_.push_back({new_slab(size), {}});
   if (size > needed) slabs_.back().free.emplace(needed, size - needed);
   return {slabs_.size() - 1, 0, needed};

@@ -7,6 +7,7 @@
 #include <bit>
 #include <map>
 
+#include "capstan/base/bytes.h"
 #include "plan/llama_internal.h"
 #include "plan/saturate_internal.h"
 
@@ -180,6 +181,25 @@ void add_ring_buffers(TermTable& t, const Widths& w, const ActivationQuery& q) {
   t.per_token(kPart, "ring, gradients of one block", w.query + 2 * w.key_value, q.compute);
 }
 
+// What kernels of variable lengths take for each sequence, be it empty. FlashAttention sums
+// gradients of queries, and their products with the output, in fp32, with room for 128 queries more
+// in each. The kernel for fp32 has a row of log-sum-exp for each, as long as the longest.
+void add_document_scratch(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  if (q.documents == 0) return;
+  const bool is_ring = q.context > 1 && !q.all_to_all, by_heads = q.context > 1 && q.all_to_all;
+  const int64_t heads = by_heads ? (w.heads + q.context - 1) / q.context : w.heads;
+  int64_t each = 0;
+  if (q.compute == DType::kFp32) {
+    const int64_t row = by_heads ? q.sequence_length * q.context : q.sequence_length;
+    each = round_up(is_ring ? row / 2 : row, 32);
+  } else {
+    const int64_t head = w.head_size > 192 ? 256 : round_up(w.head_size, 32);
+    each = 128 * (head + 1);
+  }
+  t.add(Part::kLayerWorkspace, "attention, scratch of documents",
+        saturating_multiply(q.documents, saturating_multiply(heads, each)), DType::kFp32);
+}
+
 // The attention half, when the feed-forward half is free again.
 void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
   constexpr Part kPart = Part::kLayerWorkspace;
@@ -195,6 +215,7 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
   const int64_t width = w.query + 2 * w.key_value, attended = attended_width(w, q);
   begin(kAttention);  // attention
   t.per_token(kPart, "gradient of the attention output", w.query, q.compute);
+  add_document_scratch(t, w, q);
   if (q.context > 1 && !q.all_to_all)
     add_ring_buffers(t, w, q);
   else

@@ -165,6 +165,10 @@ std::string describe_memory(const Plan& plan) {
   if (m.host > 0)
     add("on the host", m.host,
         "of the tensors above, by parallel.zero.offload and offload_activations");
+  if (m.host_taken > 0)
+    add("host memory", m.host_taken,
+        m.host > 0 ? "taken for them: pinned in slabs of powers of two, moments, a save's copy"
+                   : "for the copy of an asynchronous checkpoint");
   if (m.checkpoint_snapshot > 0)
     text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
                                 format_bytes(m.checkpoint_snapshot)));

@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a rank takes of its GPU beside tensors. From sources and manuals, not measured by us.
 #include "capstan/base/bytes.h"
-#include "capstan/plan/optimizer_states.h"
 #include "plan/memory_internal.h"
 
 namespace capstan::plan {
@@ -53,25 +52,6 @@ int64_t device_bytes(const Plan& plan, const MemoryReport& tensors) {
   bytes += communicators(plan, tensors.rank) * kChannels * kConnection;
   // Recorded steps keep their memory, so an evaluation takes other.
   if (graphs) bytes += tensors.workspace;
-  return bytes;
-}
-
-int64_t host_bytes(const Plan& plan, const RankLayout& layout) {
-  const std::string& offload = plan.resolved.parallel.zero.offload;
-  if (plan.resolved.run.device != "cuda" || offload == "none") return 0;
-  const PrecisionPlan& precision = plan.precision;
-  int64_t bytes = 0;
-  for (const FlatBuffer& buffer : layout.buffers) {
-    const int64_t shard = buffer.shard_numel();
-    bytes += stored_bytes(shard, precision.master);
-    if (offload == "all" || stages_values(plan, buffer))
-      bytes += stored_bytes(shard, value_dtype(precision, buffer));
-    if (!buffer.trainable) continue;
-    bytes += stored_bytes(shard, precision.gradients);
-    for (const StateSpec& state :
-         optimizer_states(plan.resolved.optimizer, precision.master, buffer.update))
-      bytes += stored_bytes(shard / state.block, state.dtype);
-  }
   return bytes;
 }
 

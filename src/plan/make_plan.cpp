@@ -190,6 +190,7 @@ Plan make_plan(const recipe::Resolved& recipe, const Topology& topology, const P
   plan.traffic = predict_traffic(plan, 0);
   plan.checkpoint_bytes = predict_checkpoint_bytes(plan);
   check_memory(draft, plan);
+  check_host_memory(draft, plan);
   throw_if_refused(draft);
   plan.choices = std::move(draft.choices);
   return plan;

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "capstan/base/bytes.h"
 #include "capstan/plan/fp8.h"
@@ -30,6 +31,12 @@ ModelShape local_shape(const Plan& plan) {
   return shape;
 }
 
+// Of kernels of variable lengths, which fp64 and CPUs do not take.
+bool has_lengths(const Plan& plan) {
+  return plan.resolved.run.device == "cuda" && plan.resolved.data.documents == "separate" &&
+         plan.precision.compute != DType::kFp64;
+}
+
 ActivationQuery activation_query(const Plan& plan) {
   const Grid::Sizes& grid = plan.grid.sizes();
   ActivationQuery query;
@@ -39,7 +46,8 @@ ActivationQuery activation_query(const Plan& plan) {
   query.compute = plan.precision.compute;
   query.residual = plan.precision.residual;
   query.gradients = plan.precision.gradients;
-  query.documents_separate = plan.resolved.data.documents == "separate";
+  if (has_lengths(plan))
+    query.documents = assumed_documents(query.samples, plan.batch.sequence_length);
   query.kept_tokens = plan.resolved.parallel.sequence ? query.tokens / grid.tp : query.tokens;
   query.tensor = grid.tp;
   query.context = grid.cp;
@@ -101,6 +109,13 @@ std::string list_categories(const MemoryReport& m) {
 
 }  // namespace
 
+int64_t assumed_documents(int64_t samples, int64_t row_length) {
+  constexpr int64_t kDocument = 256;
+  const int64_t in_a_row = (row_length + kDocument - 1) / kDocument;
+  return static_cast<int64_t>(
+      std::bit_ceil(static_cast<uint64_t>(saturating_multiply(samples, in_a_row))));
+}
+
 ActivationBytes activation_bytes_of(const Plan& plan) {
   const ModelShape shape = local_shape(plan);
   ActivationBytes bytes = find_family(shape.family).activation_bytes(shape, activation_query(plan));
@@ -130,6 +145,7 @@ MemoryReport report_memory(const Plan& plan, int rank) {
       bytes += saved_bytes(plan, buffer.numel, buffer.trainable, buffer.update);
     memory.checkpoint_snapshot = bytes / plan.grid.size_of(kDenseAxes);
   }
+  memory.host_taken = host_taken_bytes(plan, layout, memory, peak.host);
   return memory;
 }
 
@@ -143,27 +159,44 @@ int64_t predict_checkpoint_bytes(const Plan& plan) {
   return bytes;
 }
 
-// Ranks of a host are consecutive; where it holds all of them each counts for itself, else as the
-// largest.
-void check_memory(Draft& draft, const Plan& plan) {
-  const int64_t available = plan.topology.memory_bytes;
-  if (available <= 0) return;
+namespace {
+
+// Of the ranks of a host, which are consecutive: where it holds all of them each counts for itself,
+// else as the largest.
+struct HostSum {
+  MemoryReport largest;
+  int64_t bytes = 0;
+};
+HostSum sum_over_host(const Plan& plan, int64_t (*of)(const MemoryReport&)) {
   const int local = std::max(plan.topology.local_size, 1), stages = plan.grid.sizes().pp;
-  const bool on_gpus = plan.resolved.run.device == "cuda";
-  MemoryReport largest = plan.memory;
-  int64_t sum = 0;
+  HostSum sum{plan.memory, 0};
   for (int stage = 0; stage < stages; ++stage) {
     const MemoryReport m =
         stage == 0 ? plan.memory : report_memory(plan, representative(plan, stage));
-    if (m.needed() > largest.needed()) largest = m;
-    sum += saturating_multiply(std::min(m.needed(), kSaturated), plan.grid.size() / stages);
-    sum = std::min(sum, kSaturated);
+    if (of(m) > of(sum.largest)) sum.largest = m;
+    sum.bytes += saturating_multiply(std::min(of(m), kSaturated), plan.grid.size() / stages);
+    sum.bytes = std::min(sum.bytes, kSaturated);
   }
   if (local != plan.grid.size())
-    sum = saturating_multiply(std::min(largest.needed(), kSaturated), local);
+    sum.bytes = saturating_multiply(std::min(of(sum.largest), kSaturated), local);
+  return sum;
+}
+
+std::string each(const Plan& plan, int64_t bytes) {
+  return fmt::format("{} ranks here x {} each", std::max(plan.topology.local_size, 1),
+                     format_bytes(bytes));
+}
+
+}  // namespace
+
+void check_memory(Draft& draft, const Plan& plan) {
+  const int64_t available = plan.topology.memory_bytes;
+  if (available <= 0) return;
+  const bool on_gpus = plan.resolved.run.device == "cuda";
+  const auto [largest, sum] = sum_over_host(plan, [](const MemoryReport& m) { return m.needed(); });
   if (sum <= available) return;
   draft.refuse({"batch.micro_samples",
-                fmt::format("{} ranks here x {} each ({}{})", local, format_bytes(largest.needed()),
+                fmt::format("{} ({}{})", each(plan, largest.needed()),
                             largest.rank > 0 ? fmt::format("rank {}: ", largest.rank) : "",
                             list_categories(largest)),
                 fmt::format("at most {} on {}", format_bytes(available),
@@ -172,6 +205,28 @@ void check_memory(Draft& draft, const Plan& plan) {
                 largest.activations + largest.workspace > largest.needed() / 2
                     ? "Lower batch.micro_samples or batch.sequence_length, or start fewer ranks"
                     : "Make the model smaller, or start fewer ranks"});
+}
+
+void check_host_memory(Draft& draft, const Plan& plan) {
+  const int64_t available = plan.topology.host_memory_bytes;
+  if (available <= 0) return;
+  const auto [largest, sum] =
+      sum_over_host(plan, [](const MemoryReport& m) { return m.host_taken; });
+  if (sum <= available) return;
+  const recipe::Parallel& parallel = plan.resolved.parallel;
+  std::string key = "checkpoint.asynchronous", fix = "Set checkpoint.asynchronous: false";
+  if (parallel.zero.offload != "none" || parallel.offload_activations) {
+    key =
+        parallel.zero.offload != "none" ? "parallel.zero.offload" : "parallel.offload_activations";
+    fix = "Offload less (parallel.zero.offload: none, parallel.offload_activations: false)";
+  }
+  draft.refuse({key,
+                fmt::format("{} ({} offloaded, for which slabs of powers of two are pinned, {} for "
+                            "the copy of an asynchronous checkpoint)",
+                            each(plan, largest.host_taken), format_bytes(largest.host),
+                            format_bytes(largest.checkpoint_snapshot)),
+                fmt::format("at most {} beside the GPUs of this host", format_bytes(available)),
+                "the host would run out of memory", fix + ", or start fewer ranks on a host"});
 }
 
 }  // namespace capstan::plan

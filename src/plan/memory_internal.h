@@ -27,10 +27,15 @@ struct StepMoment {
     return activations + workspace + communication + values + gradients;
   }
 };
-// MemoryReport's `device`, from the rest of the report, and the part of `host` that zero.offload
-// keeps there.
+// MemoryReport's `device`, from the rest of the report, the part of `host` that zero.offload keeps
+// there, and `host_taken` for that and for `activations` bytes.
 [[nodiscard]] int64_t device_bytes(const Plan& plan, const MemoryReport& tensors);
 [[nodiscard]] int64_t host_bytes(const Plan& plan, const RankLayout& layout);
+[[nodiscard]] int64_t host_taken_bytes(const Plan& plan, const RankLayout& layout,
+                                       const MemoryReport& report, int64_t activations);
+// Sequences that attention of variable lengths is counted for: documents are in the corpus, not in
+// the recipe. Assumed: of 256 tokens or more on average, and at least one in each row.
+[[nodiscard]] int64_t assumed_documents(int64_t samples, int64_t row_length);
 [[nodiscard]] StepMoment find_peak(const Plan& plan, const RankLayout& layout, int pipeline_rank);
 
 }  // namespace capstan::plan

@@ -114,6 +114,7 @@ Json report_json(const MemoryReport& m) {
           {"checkpoint_snapshot", m.checkpoint_snapshot},
           {"device", m.device},
           {"host", m.host},
+          {"host_taken", m.host_taken},
           {"needed", m.needed()}};
 }
 

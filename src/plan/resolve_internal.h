@@ -71,5 +71,6 @@ void resolve_lr_schedule(Draft& draft, const BatchPlan& batch);
 // Of one micro-batch on one rank of the tensor and context axes.
 [[nodiscard]] ActivationBytes activation_bytes_of(const Plan& plan);
 void check_memory(Draft& draft, const Plan& plan);
+void check_host_memory(Draft& draft, const Plan& plan);  // what a GPU's ranks keep there
 
 }  // namespace capstan::plan

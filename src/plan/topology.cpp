@@ -18,6 +18,7 @@ Topology local_topology(int world_size, int local_size, const std::string& devic
   if (static_cast<int>(found.gpus.size()) >= local_size && local_size > 0 && has_cuda_plugin()) {
     topology.device = "cuda";
     topology.fast_bf16 = found.gpus.front().major >= 8;
+    topology.host_memory_bytes = topology.memory_bytes;
     topology.memory_bytes = found.gpus.front().memory_bytes * local_size;
   }
   return topology;

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 
+#include "capstan/base/bytes.h"
 #include "capstan/base/error.h"
 #include "capstan/parallel/activation_offload.h"
 #include "parallel/host_arena_internal.h"
 #include "ranks/device_runs.h"
 #include "support/fake_device/fake_device.h"
+#include "support/fake_device/memory.h"
 
 namespace capstan::engine::testing {
 namespace {
@@ -188,11 +190,15 @@ TEST(DeviceOffload, TheHostWaitsForNoActivation) {
   }
 }
 
-// Device memory of a GPU by the plan.
-int64_t predicted(const TinyRun& run) {
+plan::MemoryReport reported(const TinyRun& run) {
   plan::Plan plan = make_tiny_plan(run);
   plan.resolved.run.device = "cuda";
-  const plan::MemoryReport m = plan::report_memory(plan, 0);
+  return plan::report_memory(plan, 0);
+}
+
+// Device memory of a GPU by the plan.
+int64_t predicted(const TinyRun& run) {
+  const plan::MemoryReport m = reported(run);
   return m.needed() - m.device;
 }
 
@@ -207,20 +213,46 @@ void expect_saved_as_planned(TinyRun run, const std::vector<std::string>& offloa
               static_cast<double>(plain_by_plan) / 1048576);
 }
 
+std::vector<std::string> wide_model() {
+  return {"model.hidden_size=64",   "model.intermediate_size=128", "model.num_hidden_layers=8",
+          "precision.compute=bf16", "batch.micro_samples=8",       "batch.sequence_length=128",
+          "parallel.zero.stage=1"};
+}
+
 // On the device are two blocks at most, the one that computes and the one whose tensors leave or
 // arrive.
 TEST(DeviceOffload, MemoryIsWhatThePlanSays) {
-  const std::vector<std::string> model = {
-      "model.hidden_size=64",   "model.intermediate_size=128", "model.num_hidden_layers=8",
-      "precision.compute=bf16", "batch.micro_samples=8",       "batch.sequence_length=128",
-      "parallel.zero.stage=1"};
-  const TinyRun run{.steps = 3, .overrides = model};
+  const TinyRun run{.steps = 3, .overrides = wide_model()};
   const std::string activations = "parallel.offload_activations=true";
   expect_saved_as_planned(run, {activations});
   expect_saved_as_planned(run, {"parallel.zero.offload=optimizer"});
   TinyRun again = run;
   again.overrides.emplace_back("parallel.recompute.mode=block");
   expect_saved_as_planned(again, {activations});
+}
+
+// Slabs are the only pieces of 1 MiB and more: what batches pass through is less. Activations are
+// counted for whole layers of tensors that are rounded up, so there may be one slab too many.
+TEST(DeviceOffload, PinnedMemoryIsWhatThePlanSays) {
+  const std::string states = "parallel.zero.offload=optimizer",
+                    activations = "parallel.offload_activations=true";
+  for (const auto& offload :
+       {std::vector<std::string>{states}, {activations}, {states, activations}}) {
+    TinyRun run{.overrides = wide_model()};
+    run.overrides.insert(run.overrides.end(), offload.begin(), offload.end());
+    int64_t pinned = 0;
+    with_engines(run, [&](int rank, Engine& engine) {
+      const test::BackwardOnThisThread here;
+      for (int step = 0; step < 2; ++step)
+        (void)engine.step(make_batches(engine.plan(), rank, step), *make_next_token_objective());
+      pinned = test::fake::pinned_bytes(kMiB);
+    });
+    const plan::MemoryReport m = reported(run);
+    const int64_t moments = offload.front() == states ? m.optimizer : 0;
+    const int64_t by_plan = m.host_taken - m.checkpoint_snapshot - moments;
+    EXPECT_GE(by_plan, pinned) << offload.front();
+    EXPECT_LE(by_plan, offload.back() == states ? pinned : 2 * pinned) << offload.back();
+  }
 }
 
 std::vector<TinyRun> runs_by_the_host() {

@@ -87,7 +87,7 @@ recipe::Resolved make_recipe(const Arguments& a) {
 // Whether it fits is measured, not predicted.
 plan::Plan make_plan(const Arguments& a) {
   plan::Topology topology = plan::local_topology(1, 1, a.at("device"));
-  topology.memory_bytes = 0;
+  topology.memory_bytes = topology.host_memory_bytes = 0;
   return plan::make_plan(make_recipe(a), topology, {});
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "capstan/base/bytes.h"
 #include "capstan/base/error.h"
 #include "capstan/base/file.h"
 #include "capstan/base/json.h"
@@ -27,6 +28,7 @@ struct PlanOptions {
   int world = 1;
   std::optional<int> ranks_per_host;      // default: all ranks on one host
   std::optional<double> host_memory_gib;  // default: what this machine has
+  std::optional<double> cpu_memory_gib;   // of a host with GPUs; default: as above
   bool json = false;
   bool should_draw = false;
   std::string drawing;  // file; empty = as text
@@ -97,6 +99,8 @@ plan::Topology topology_of(const PlanOptions& options, const recipe::Run& run) {
   plan::Topology topology = plan::local_topology(options.world, local, run.device);
   if (options.host_memory_gib)
     topology.memory_bytes = static_cast<int64_t>(*options.host_memory_gib * 1024 * 1024 * 1024);
+  if (options.cpu_memory_gib)
+    topology.host_memory_bytes = static_cast<int64_t>(*options.cpu_memory_gib * kGiB);
   if (run.device == "cuda") {  // planning needs no GPU here
     topology.device = "cuda";
     topology.fast_bf16 = true;
@@ -141,7 +145,12 @@ void add_plan(CLI::App& app) {
                    "Ranks that share a host and its memory (default: all of them)")
       ->check(CLI::Range(1, 65536));
   verb->add_option("--host-memory", options->host_memory_gib,
-                   "GiB that the ranks of a host share (default: what this machine has)")
+                   "GiB that the ranks of a host share, on GPUs those of its GPUs (default: what "
+                   "this machine has)")
+      ->check(CLI::Range(0.001, 1e9));
+  verb->add_option("--cpu-memory", options->cpu_memory_gib,
+                   "GiB of a host beside its GPUs, where ranks offload to (default: what a machine "
+                   "with GPUs has)")
       ->check(CLI::Range(0.001, 1e9));
   CLI::Option* json =
       verb->add_flag("--json", options->json, "For programs: the content of plan.json");

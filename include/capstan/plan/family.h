@@ -89,7 +89,9 @@ struct ActivationQuery {
   DType compute = DType::kFp32;
   DType residual = DType::kFp32;
   DType gradients = DType::kFp32;
-  bool documents_separate = false;
+  // Sequences that kernels of variable lengths are counted for, of a micro-batch's whole rows: on a
+  // GPU, with separate documents; else 0.
+  int64_t documents = 0;
   // How a layout cuts the pass; the shape that goes with it holds this rank's heads, features and
   // vocabulary rows.
   int64_t kept_tokens = 0;  // of them outside of tensor-parallel layers; 0 = all

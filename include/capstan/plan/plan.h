@@ -22,9 +22,10 @@ struct Topology {
   int world_size = 1;
   int local_size = 1;
   std::string device = "cpu";
-  int physical_cores = 1;    // allowed to this process
-  int64_t memory_bytes = 0;  // of this host, with cuda of its GPUs; 0 = unknown
-  bool fast_bf16 = false;    // AVX512-BF16, AMX or sm_80 up
+  int physical_cores = 1;         // allowed to this process
+  int64_t memory_bytes = 0;       // of this host, with cuda of its GPUs; 0 = unknown
+  int64_t host_memory_bytes = 0;  // with cuda, of this host beside its GPUs; 0 = unknown
+  bool fast_bf16 = false;         // AVX512-BF16, AMX or sm_80 up
 };
 // This machine. device: what run.device asks for; auto takes GPUs when there is one for every rank
 // and the CUDA plug-in is there.
@@ -78,6 +79,8 @@ struct MemoryReport {
   // On cuda, what of the peak lies in host memory: by zero.offload, and by offload_activations the
   // most of a step.
   int64_t host = 0;
+  // What the host gives for it: pinned memory in slabs, moments, the copy of an asynchronous save.
+  int64_t host_taken = 0;
   [[nodiscard]] int64_t peak() const {
     return parameters + master + gradients + optimizer + activations + workspace + communication +
            data;

@@ -270,6 +270,14 @@ c10::Allocator* pinned_allocator() {
 
 bool is_device_pointer(const void* pointer) { return memory().contains(pointer); }
 
+int64_t pinned_bytes(int64_t smallest) {
+  std::lock_guard lock(state_mutex());
+  int64_t sum = 0;
+  for (const auto& [begin, bytes] : pinned_ranges())
+    if (static_cast<int64_t>(bytes) >= smallest) sum += static_cast<int64_t>(bytes);
+  return sum;
+}
+
 bool is_pinned(const void* pointer) {
   std::lock_guard lock(state_mutex());
   const auto* const p = static_cast<const char*>(pointer);

@@ -18,6 +18,8 @@ c10::Allocator* device_allocator();
 c10::Allocator* pinned_allocator();
 bool is_device_pointer(const void* pointer);
 bool is_pinned(const void* pointer);
+// Of pinned memory in pieces of `smallest` bytes or more, now.
+int64_t pinned_bytes(int64_t smallest);
 
 struct Use {
   at::Tensor tensor;

@@ -4,8 +4,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <vector>
+
 #include "capstan/base/bytes.h"
+#include "capstan/plan/host_slabs.h"
 #include "capstan/recipe/load.h"
+#include "plan/memory_internal.h"
+#include "plan/resolve_internal.h"
 #include "recipes.h"
 
 namespace capstan::plan {
@@ -106,6 +111,109 @@ TEST(DeviceMemory, AGpuThatIsTooSmall_IsRefused) {
                                      "device " + format_bytes(m.device), std::string("out of")})
       EXPECT_THAT(error.what(), HasSubstr(words));
   }
+}
+
+// By hand: 1 MiB, which is full; as much again; 2 MiB; and what is larger than all before.
+TEST(HostSlabs, DoubleAndAreRoundedToPowersOfTwo) {
+  const auto slabs = [](const std::vector<int64_t>& requests) { return host_slab_bytes(requests); };
+  EXPECT_EQ(slabs({}), 0);
+  EXPECT_EQ(slabs({1}), kMiB);
+  EXPECT_EQ(slabs({kMiB / 2, kMiB / 2}), kMiB);
+  EXPECT_EQ(slabs({kMiB / 2, kMiB / 2, 1}), 2 * kMiB);
+  EXPECT_EQ(slabs({kMiB, kMiB, 1}), 4 * kMiB);
+  EXPECT_EQ(slabs({700 * kKiB, 700 * kKiB, 300 * kKiB}),
+            2 * kMiB);                            // the third in the first's hole
+  EXPECT_EQ(slabs({kMiB - 511, 512}), 2 * kMiB);  // multiples of 512
+  EXPECT_EQ(slabs({5 * kGiB}), 8 * kGiB);
+  EXPECT_EQ(slabs({8 * kGiB, 1}), 9 * kGiB);  // no more than 1 GiB unless it is asked for
+}
+
+std::vector<std::string> offloading(const std::string& offload) {
+  return {"parallel.zero.stage=3", "parallel.zero.offload=" + offload,
+          "checkpoint.asynchronous=false"};
+}
+
+TEST(HostMemory, IsWhatSlabsTake) {
+  const MemoryReport none = plan_of(resolved(offloading("none")), gpus(2)).memory;
+  EXPECT_EQ(none.host_taken, 0);
+  const MemoryReport m = plan_of(resolved(offloading("optimizer")), gpus(2)).memory;
+  // Moments are not pinned; the rest is, in slabs that are at most twice as much and one more.
+  EXPECT_GE(m.host_taken, m.host * 7 / 8);
+  EXPECT_LT(m.host_taken, 2 * m.host + kMiB);
+  EXPECT_EQ((m.host_taken - m.optimizer) % kMiB, 0);
+  auto more = offloading("optimizer");
+  more.emplace_back("parallel.offload_activations=true");
+  EXPECT_GT(plan_of(resolved(more), gpus(2)).memory.host_taken, m.host_taken);
+  more.back() = "checkpoint.asynchronous=true";
+  const MemoryReport saving = plan_of(resolved(more), gpus(2)).memory;
+  EXPECT_GT(saving.checkpoint_snapshot, 0);
+  EXPECT_EQ(saving.host_taken, m.host_taken + saving.checkpoint_snapshot);
+  EXPECT_EQ(plan_of(resolved(more), machine(2)).memory.host_taken, 0);  // all is host memory there
+}
+
+TEST(HostMemory, AHostThatIsTooSmall_IsRefused) {
+  Topology topology = gpus(2);
+  const MemoryReport m = plan_of(resolved(offloading("optimizer")), topology).memory;
+  topology.host_memory_bytes = 2 * m.host_taken;
+  EXPECT_NO_THROW((void)plan_of(resolved(offloading("optimizer")), topology));
+  --topology.host_memory_bytes;
+  try {
+    (void)plan_of(resolved(offloading("optimizer")), topology);
+    FAIL() << "a plan beyond the host";
+  } catch (const recipe::RecipeError& error) {
+    for (const std::string& words :
+         {std::string("parallel.zero.offload"), "2 ranks here x " + format_bytes(m.host_taken),
+          std::string("beside the GPUs of this host"), std::string("powers of two"),
+          std::string("parallel.zero.offload: none")})
+      EXPECT_THAT(error.what(), HasSubstr(words));
+  }
+  EXPECT_NO_THROW((void)plan_of(resolved(offloading("none")), topology));
+}
+
+TEST(HostMemory, ThePageShowsIt) {
+  const Plan plan = plan_of(resolved(offloading("optimizer")), gpus(2));
+  EXPECT_THAT(describe_plan(plan), HasSubstr("slabs of powers of two"));
+  EXPECT_THAT(describe_plan(plan), HasSubstr(format_bytes(plan.memory.host_taken)));
+  EXPECT_THAT(plan_json(plan), HasSubstr("\"host_taken\""));
+}
+
+TEST(DocumentScratch, CountsDocumentsOf256Tokens) {
+  EXPECT_EQ(assumed_documents(1, 100), 1);
+  EXPECT_EQ(assumed_documents(4, 256), 4);
+  EXPECT_EQ(assumed_documents(1, 257), 2);
+  EXPECT_EQ(assumed_documents(3, 1024), 16);
+}
+
+int64_t scratch_of(std::vector<std::string> overrides, int ranks = 1) {
+  overrides.emplace_back("data.documents=separate");
+  for (const ActivationTerm& term :
+       activation_bytes_of(plan_of(resolved(overrides), gpus(ranks))).terms)
+    if (term.name == "attention, scratch of documents") return term.bytes;
+  return 0;
+}
+
+// Four samples of a row of 256 tokens, four heads of 64.
+TEST(DocumentScratch, IsThatOfTheKernels) {
+  const auto counted = [](int64_t floats) { return allocation_bytes(4 * floats); };
+  EXPECT_EQ(scratch_of({"precision.compute=bf16"}), counted(int64_t{4} * 4 * 128 * (64 + 1)));
+  EXPECT_EQ(scratch_of({"precision.compute=bf16", "model.head_dim=200"}),
+            counted(int64_t{4} * 4 * 128 * (256 + 1)));
+  EXPECT_EQ(scratch_of({"precision.compute=fp32"}), counted(int64_t{4} * 4 * 256));
+  EXPECT_EQ(scratch_of({"precision.compute=fp64"}), 0);
+  const std::string ring = "parallel.context.size=2",
+                    all_to_all = "parallel.context={size: 2, method: all_to_all}";
+  EXPECT_EQ(scratch_of({"precision.compute=bf16", ring}, 2),
+            scratch_of({"precision.compute=bf16"}));
+  EXPECT_EQ(scratch_of({"precision.compute=fp32", ring}, 2), counted(int64_t{4} * 4 * 64));
+  EXPECT_EQ(scratch_of({"precision.compute=fp32", all_to_all}, 2), counted(int64_t{4} * 2 * 256));
+  // Joined documents have none, and CPUs.
+  const auto query_has = [](const Plan& plan) {
+    for (const ActivationTerm& term : activation_bytes_of(plan).terms)
+      if (term.name == "attention, scratch of documents") return true;
+    return false;
+  };
+  EXPECT_FALSE(query_has(plan_of(resolved(), gpus(1))));
+  EXPECT_FALSE(query_has(plan_of(resolved({"data.documents=separate"}), machine(1))));
 }
 
 TEST(DeviceMemory, ThePageShowsIt) {
