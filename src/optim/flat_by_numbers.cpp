@@ -89,7 +89,7 @@ void flat_by_numbers(UpdateRule rule, std::span<const FlatJob> jobs, const FlatS
                      const StepNumbers& numbers) {
   const Shared shared = shared_of(constants, numbers);
   for (const FlatJob& job : jobs) {
-    const Part part(job, constants, shared);
+    const Part part{job, constants, shared};
     update(rule, part);
     const Tensor& copy = job.tensors->copy;
     if (copy.defined()) part.of(copy).copy_(part.of(job.tensors->weights));
