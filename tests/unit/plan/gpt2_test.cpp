@@ -33,10 +33,6 @@ ModelShape gpt2_124m() {
   return s;
 }
 
-const ParamSpec& spec_of(const std::vector<ParamSpec>& table, const std::string& name) {
-  return table.at(static_cast<size_t>(index_of(table, name)));
-}
-
 TEST(Gpt2, ParameterCountsOfPublishedModels) {
   ModelShape s = gpt2_124m();
   EXPECT_EQ(count_parameters(table_of(s)), 124'439'808);
@@ -82,11 +78,15 @@ TEST(Gpt2, SpecsSayHowToStartDecayAndCut) {
     EXPECT_EQ(spec.init.kind, is_bias   ? Init::Kind::kZeros
                               : is_norm ? Init::Kind::kOnes
                                         : Init::Kind::kNormal);
-    if (spec.decay) EXPECT_DOUBLE_EQ(spec.init.deviation, is_row ? 0.03 / std::sqrt(24.0) : 0.03);
+    if (spec.decay) {
+      EXPECT_DOUBLE_EQ(spec.init.deviation, is_row ? 0.03 / std::sqrt(24.0) : 0.03);
+    }
     const bool is_cut = is_row || (is_column && !spec.name.ends_with("c_proj.bias"));
     EXPECT_EQ(spec.site, is_cut ? Site::kSplit : Site::kResidual);
     EXPECT_EQ(spec.tensor.kind == ShardRule::Kind::kSplit, is_cut);
-    if (is_cut) EXPECT_EQ(spec.tensor.dim, is_row ? 1 : 0);
+    if (is_cut) {
+      EXPECT_EQ(spec.tensor.dim, is_row ? 1 : 0);
+    }
   }
 }
 

@@ -73,7 +73,9 @@ TEST(OptimizerInBackward, BlocksShareGradientMemory) {
         const FlatBuffer& other = layout.buffers[b];
         const bool meets = shared.begin[b] < end && shared.begin[a] < shared.begin[b] + other.numel;
         const bool apart = other.block == one.block || (tied && other.block == 0);
-        if (other.trainable && apart) EXPECT_FALSE(meets) << a << " and " << b;
+        if (other.trainable && apart) {
+          EXPECT_FALSE(meets) << a << " and " << b;
+        }
       }
     }
     const int64_t table = layout.buffers.front().numel;
