@@ -75,6 +75,8 @@ void compare(const Call& call, Form form) {
   expect_near(got.parts.out_BTNH, want.parts.out_BTNH, "out");
   ASSERT_EQ(got.parts.lse_BNT.sizes(), want.parts.lse_BNT.sizes());
   EXPECT_TRUE(testing::near(plain(got.parts.lse_BNT), want.parts.lse_BNT, {1e-4, 1e-4}));
+  // Infinities of either sign are near each other.
+  EXPECT_TRUE(at::equal(plain(got.parts.lse_BNT).isneginf(), want.parts.lse_BNT.isneginf()));
   expect_near(got.grads.q_BTNH, want.grads.q_BTNH, "gradient of q");
   expect_near(got.grads.k_BSKH, want.grads.k_BSKH, "gradient of k");
   expect_near(got.grads.v_BSKH, want.grads.v_BSKH, "gradient of v");
