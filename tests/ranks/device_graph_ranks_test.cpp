@@ -1,8 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // Graphs of several ranks: launched steps are ordinary ones to the last bit in every layout, they
-// are counted and watched like them, and what cannot be part of a graph is refused while it is
-// recorded.
+// are counted and watched like them.
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -13,9 +12,9 @@
 
 #include "capstan/base/error.h"
 #include "capstan/comm/threads.h"
-#include "capstan/device/accelerator.h"
 #include "capstan/ops/device_kernels.h"
 #include "ranks/engine_fixture.h"
+#include "ranks/graph_ranks.h"
 #include "support/fake_device/device_ranks.h"
 #include "support/fake_device/fake_device.h"
 #include "support/fake_device/fake_kernels.h"
@@ -23,28 +22,15 @@
 namespace capstan::engine {
 namespace {
 
+using test::run_ranks_on_streams;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using testing::make_batches;
 using testing::TinyResult;
 using testing::TinyRun;
 
 constexpr int kSteps = 6, kWatched = 2;
-
-// As on devices of their own, ranks do not share a stream.
-void run_device_ranks(int n, const std::function<void(const comm::Communicator&)>& fn,
-                      std::shared_ptr<test::FakeFabric> fabric = nullptr) {
-  if (!fabric) fabric = std::make_shared<test::FakeFabric>();
-  const auto on_own_stream = [&](const comm::Communicator& world) {
-    device::Accelerator& accelerator = *device::accelerator();
-    const device::StreamGuard guard(accelerator, accelerator.create_stream(false));
-    fn(world);
-  };
-  test::run_device_ranks(n, on_own_stream, 60, fabric);
-  EXPECT_THAT(fabric->misuses(), IsEmpty());
-}
 
 // Rows of joined documents have no first keys.
 std::vector<MicroBatch> batches_of(const plan::Plan& plan, int rank, int step) {
@@ -71,7 +57,7 @@ Trained train_by(const TinyRun& run, const std::shared_ptr<test::FakeFabric>& fa
   const plan::Plan plan = testing::make_tiny_plan(run);
   Trained out;
   std::mutex mutex;
-  run_device_ranks(
+  run_ranks_on_streams(
       run.ranks,
       [&](const comm::Communicator& world) {
         mesh::Mesh mesh(world, plan.grid);
@@ -264,7 +250,7 @@ std::vector<std::pair<double, int64_t>> losses_and_launches(
   run.overrides.insert(run.overrides.end(), more.begin(), more.end());
   const plan::Plan plan = testing::make_tiny_plan(run);
   std::vector<std::pair<double, int64_t>> made;
-  run_device_ranks(2, [&](const comm::Communicator& world) {
+  run_ranks_on_streams(2, [&](const comm::Communicator& world) {
     mesh::Mesh mesh(world, plan.grid);
     Engine engine(plan, mesh);
     for (int step = 0; step < 7; ++step) {
@@ -338,7 +324,7 @@ TEST_P(Hanging, LaunchEndsByTheDeadline) {
       ASSERT_LT(step, 4) << "a step that hangs was reported";
     }
   };
-  const std::string text = failure_of([&] { run_device_ranks(2, train, fabric); });
+  const std::string text = failure_of([&] { run_ranks_on_streams(2, train, fabric); });
   EXPECT_THAT(text, AllOf(HasSubstr("a launched graph #"), HasSubstr("all_reduce x"),
                           HasSubstr("on [0,1]"), HasSubstr("no end within")));
 }
@@ -358,146 +344,6 @@ TEST(DeviceGraphRanks, AsynchronousErrorOfALaunch_IsReported) {
   });
   EXPECT_THAT(text, AllOf(HasSubstr("rank 1:"), HasSubstr("a launched graph #"),
                           HasSubstr("remote process exited")));
-}
-
-// One rank's part of a graph made of what `work` does, with communicators that have been used.
-struct Recorded {
-  explicit Recorded(const comm::Communicator& world) {
-    world.all_reduce(x).wait();
-    accelerator.record(event, accelerator.current_stream());
-    accelerator.wait(stream, event);
-  }
-  ~Recorded() {
-    if (graph.handle) accelerator.destroy(graph);
-    accelerator.destroy(event);
-  }
-  void record(const std::function<void()>& work) {
-    const device::StreamGuard guard(accelerator, stream);
-    accelerator.begin_capture(pool);
-    try {
-      work();
-    } catch (...) {
-      accelerator.destroy(accelerator.end_capture());
-      throw;
-    }
-    graph = accelerator.end_capture();
-  }
-  void launch(const comm::Communicator& world) {
-    world.launch({{"world/all_reduce", {1, 8}}}, [this] { accelerator.launch(graph); });
-  }
-
-  device::Accelerator& accelerator = *device::accelerator();
-  Tensor x = at::ones({1}, at::TensorOptions().device(test::fake_device()).dtype(at::kDouble));
-  device::Stream stream = accelerator.create_stream(false);
-  device::Event event = accelerator.create_event();
-  device::Pool pool = accelerator.create_pool();
-  device::Graph graph;
-};
-
-std::string refusal_of(const std::function<void(const comm::Communicator&, Recorded&)>& fn) {
-  std::string text = "none";
-  std::mutex mutex;
-  try {
-    run_device_ranks(2, [&](const comm::Communicator& world) {
-      Recorded graph(world);
-      try {
-        fn(world, graph);
-      } catch (const std::exception& e) {
-        const std::lock_guard lock(mutex);
-        if (world.rank() == 0) text = e.what();
-      }
-    });
-  } catch (const comm::RankError& e) {
-    text += e.what();
-  }
-  return text;
-}
-
-TEST(DeviceGraphRanks, LaunchDoesWhatWasRecorded) {
-  EXPECT_EQ(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-              graph.record([&] { world.all_reduce(graph.x).wait(); });
-              const auto before = world.ledger().of("world", "all_reduce");
-              for (int i = 0; i < 2; ++i) graph.launch(world);
-              EXPECT_EQ(graph.x.item<double>(), 8);  // 2 before the capture, then twice as much
-              EXPECT_EQ(world.ledger().of("world", "all_reduce").calls, before.calls + 2);
-              EXPECT_EQ(world.flight_recorder().last()->what,
-                        "a launched graph of world/all_reduce x 1");
-            }),
-            "none");
-}
-
-TEST(DeviceGraphRanks, WhatAGraphCannotHold_IsRefusedWhileItIsRecorded) {
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                graph.record([&] { world.all_reduce(at::ones({1})).wait(); });
-              }),
-              HasSubstr("waits for the host while a graph is recorded"));
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                graph.record([&] { world.barrier().wait(); });
-              }),
-              HasSubstr("waits for the host while a graph is recorded"));
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                const auto group = world.split("dp", {0, 1});
-                graph.record([&] { group.all_reduce(graph.x).wait(); });
-              }),
-              HasSubstr("is one of a graph"));
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                graph.record([&] { graph.accelerator.synchronize(graph.stream); });
-                (void)world;
-              }),
-              HasSubstr("the host waits during a capture"));
-}
-
-TEST(DeviceGraphRanks, OperationsStayOnTheirSideOfACapture) {
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                comm::Work work;
-                graph.record([&] { work = world.all_reduce(graph.x); });
-              }),
-              HasSubstr("before a stream was joined"));
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                comm::Work work = world.all_reduce(graph.x);
-                try {
-                  graph.record([&] { work.wait(); });
-                } catch (...) {
-                  world.all_reduce(graph.x).wait();
-                  throw;
-                }
-              }),
-              HasSubstr("came before the recording that waits for it"));
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                comm::Work kept;
-                graph.record([&] {
-                  kept = world.all_reduce(graph.x);
-                  world.all_reduce(graph.x).wait();
-                });
-                kept.wait();
-              }),
-              HasSubstr("is part of a graph and waited for outside"));
-}
-
-TEST(DeviceGraphRanks, MemoryOfALaunchIsStillThere) {
-  EXPECT_THAT(refusal_of([](const comm::Communicator& world, Recorded& graph) {
-                graph.record([&] { world.all_reduce(graph.x).wait(); });
-                graph.x = Tensor();
-                graph.launch(world);
-              }),
-              HasSubstr("freed memory"));
-}
-
-// NCCL may choose another way for what a graph repeats.
-TEST(DeviceGraphRanks, PeerWithoutAGraph_IsAnErrorOfNccl) {
-  EXPECT_THAT(failure_of([] {
-                run_device_ranks(2, [](const comm::Communicator& world) {
-                  Recorded graph(world);
-                  if (world.rank() == 0) {
-                    graph.record([&] { world.all_reduce(graph.x).wait(); });
-                    graph.launch(world);
-                  } else {
-                    world.all_reduce(graph.x).wait();
-                  }
-                  for (;;) world.barrier().wait();
-                });
-              }),
-              HasSubstr("invalid usage"));
 }
 
 }  // namespace

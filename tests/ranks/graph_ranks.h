@@ -1,0 +1,27 @@
+// SPDX-FileCopyrightText: Capstan contributors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <gmock/gmock.h>
+
+#include <functional>
+#include <memory>
+
+#include "capstan/device/accelerator.h"
+#include "support/fake_device/device_ranks.h"
+
+namespace capstan::test {
+
+// As on devices of their own, ranks do not share a stream.
+inline void run_ranks_on_streams(int n, const std::function<void(const comm::Communicator&)>& fn,
+                                 std::shared_ptr<FakeFabric> fabric = nullptr) {
+  if (!fabric) fabric = std::make_shared<FakeFabric>();
+  const auto on_own_stream = [&](const comm::Communicator& world) {
+    device::Accelerator& accelerator = *device::accelerator();
+    const device::StreamGuard guard(accelerator, accelerator.create_stream(false));
+    fn(world);
+  };
+  run_device_ranks(n, on_own_stream, 60, fabric);
+  EXPECT_THAT(fabric->misuses(), ::testing::IsEmpty());
+}
+
+}  // namespace capstan::test
