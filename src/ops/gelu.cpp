@@ -105,21 +105,22 @@ void gelu_gradient_into(const Tensor& out, const Tensor& x, const Tensor& grad, 
 
 Tensor gelu(const Tensor& x_in, GeluForm form) {
   const Path path = path_of(x_in);
-  Tensor x, out;
+  Tensor whole, out;
   {
     at::NoGradGuard no_grad;
-    x = x_in.contiguous();
-    out = at::empty_like(x);
-    forward(out, x, form, path);
+    whole = x_in.contiguous();
+    out = at::empty_like(whole);
+    forward(out, whole, form, path);
   }
   return record(
-      out, {"gelu", {x_in}, {}, {x}, [form, path](const Tensors& saved, Tensors& grads) -> Tensors {
-              at::NoGradGuard no_grad;
-              const Tensor& x = saved[0];
-              Tensor dx = at::empty_like(x);
-              backward(dx, x, grads[0].contiguous(), form, path);
-              return {dx};
-            }});
+      out,
+      {"gelu", {x_in}, {}, {whole}, [form, path](const Tensors& saved, Tensors& grads) -> Tensors {
+         at::NoGradGuard no_grad;
+         const Tensor& x = saved[0];
+         Tensor dx = at::empty_like(x);
+         backward(dx, x, grads[0].contiguous(), form, path);
+         return {dx};
+       }});
 }
 
 }  // namespace capstan::ops

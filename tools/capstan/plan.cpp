@@ -26,9 +26,8 @@ struct PlanOptions {
   std::string recipe;
   std::vector<std::string> overrides;
   int world = 1;
-  std::optional<int> ranks_per_host;      // default: all ranks on one host
-  std::optional<double> host_memory_gib;  // default: what this machine has
-  std::optional<double> cpu_memory_gib;   // of a host with GPUs; default: as above
+  std::optional<int> ranks_per_host;                      // default: all ranks on one host
+  std::optional<double> host_memory_gib, gpu_memory_gib;  // default: what this machine has
   bool json = false;
   bool should_draw = false;
   std::string drawing;  // file; empty = as text
@@ -87,6 +86,8 @@ std::string draw(const plan::Schedule& schedule, const std::string& file) {
   return fmt::format("drew schedule {} to {}\n", schedule.name, file);
 }
 
+int64_t bytes_of(double gib) { return static_cast<int64_t>(gib * static_cast<double>(kGiB)); }
+
 // Hosts as asked for; without flags all ranks are on this one.
 plan::Topology topology_of(const PlanOptions& options, const recipe::Run& run) {
   const int local = options.ranks_per_host.value_or(options.world);
@@ -97,14 +98,24 @@ plan::Topology topology_of(const PlanOptions& options, const recipe::Run& run) {
                                 .need = "a divisor of --world",
                                 .why = "every host starts as many ranks"});
   plan::Topology topology = plan::local_topology(options.world, local, run.device);
+  const bool found_gpus = topology.device == "cuda";
+  const bool on_gpus = found_gpus || run.device == "cuda" || options.gpu_memory_gib;
+  if (options.gpu_memory_gib && run.device == "cpu")
+    throw ConfigError(ErrorText{.module = "plan",
+                                .what = "--gpu-memory",
+                                .got = "run.device: cpu",
+                                .need = "a run on GPUs",
+                                .fix = "Leave the flag out, or --set run.device=cuda"});
   if (options.host_memory_gib)
-    topology.memory_bytes = static_cast<int64_t>(*options.host_memory_gib * 1024 * 1024 * 1024);
-  if (options.cpu_memory_gib)
-    topology.host_memory_bytes = static_cast<int64_t>(*options.cpu_memory_gib * kGiB);
-  if (run.device == "cuda") {  // planning needs no GPU here
-    topology.device = "cuda";
-    topology.fast_bf16 = true;
-  }
+    (on_gpus ? topology.host_memory_bytes : topology.memory_bytes) =
+        bytes_of(*options.host_memory_gib);
+  if (!on_gpus) return topology;
+  topology.device = "cuda";  // planning needs no GPU here
+  topology.fast_bf16 = true;
+  if (options.gpu_memory_gib)
+    topology.memory_bytes = bytes_of(*options.gpu_memory_gib) * local;
+  else if (!found_gpus)
+    topology.memory_bytes = 0;
   return topology;
 }
 
@@ -124,6 +135,9 @@ void run_plan(const PlanOptions& options) {
     fmt::print("{}", draw(plan.schedule, options.drawing));
   else
     fmt::print("{}", options.json ? plan::plan_json(plan) : plan::describe_plan(plan));
+  if (plan.topology.memory_bytes == 0 && !options.json && !options.should_draw)
+    fmt::print(
+        "note        no GPU here says how much memory it has: --gpu-memory GIB checks the plan\n");
   std::fflush(stdout);
 }
 
@@ -145,13 +159,13 @@ void add_plan(CLI::App& app) {
                    "Ranks that share a host and its memory (default: all of them)")
       ->check(CLI::Range(1, 65536));
   verb->add_option("--host-memory", options->host_memory_gib,
-                   "GiB that the ranks of a host share, on GPUs those of its GPUs (default: what "
-                   "this machine has)")
+                   "GiB that the ranks of a host share; on GPUs what they offload to (default: "
+                   "what this machine has)")
       ->check(CLI::Range(0.001, 1e9));
-  verb->add_option("--cpu-memory", options->cpu_memory_gib,
-                   "GiB of a host beside its GPUs, where ranks offload to (default: what a machine "
-                   "with GPUs has)")
-      ->check(CLI::Range(0.001, 1e9));
+  verb->add_option("--gpu-memory", options->gpu_memory_gib,
+                   "GiB of each GPU, which need not be here (default: what those of this machine "
+                   "have)")
+      ->check(CLI::Range(0.001, 1e6));
   CLI::Option* json =
       verb->add_flag("--json", options->json, "For programs: the content of plan.json");
   CLI::Option* drawing =
@@ -165,7 +179,7 @@ void add_plan(CLI::App& app) {
   verb->footer(
       "Example:\n  capstan plan quickstart --world 2 --set model.vocab_size=8192\n"
       "  capstan plan quickstart --set model.vocab_size=8192 --draw pipeline.svg\n"
-      "  capstan plan llama3/8b-8gpu --world 8 --host-memory 640");
+      "  capstan plan llama3/8b-8gpu --world 8 --gpu-memory 80");
   verb->callback([options, drawing] {
     options->should_draw = drawing->count() > 0;
     run_plan(*options);

@@ -11,6 +11,7 @@
 
 #include "../../../tools/capstan/verbs.h"
 #include "capstan/base/error.h"
+#include "capstan/base/gpu.h"
 #include "capstan/recipe/load.h"
 #include "recipes.h"
 
@@ -18,6 +19,7 @@ namespace capstan::cli {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 using Json = nlohmann::json;
 
 class PlanVerb : public ::testing::Test {
@@ -104,6 +106,25 @@ TEST_F(PlanVerb, WhatCannotBeHonouredIsRefused) {
     EXPECT_THAT(e.what(), HasSubstr("--hardware"));
     EXPECT_THAT(e.what(), HasSubstr("not in this build"));
   }
+}
+
+TEST_F(PlanVerb, GpusNeedNotBeHere) {
+  const auto on_gpus = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--set", "model.vocab_size=100", "--world", "4"});
+    return run(more);
+  };
+  if (probe_gpus().gpus.empty())
+    EXPECT_THAT(on_gpus({"--set", "run.device=cuda"}), HasSubstr("--gpu-memory GIB"));
+  const std::string large = on_gpus({"--gpu-memory", "80"});
+  EXPECT_THAT(large, HasSubstr("on the GPU of rank 0"));
+  EXPECT_THAT(large, Not(HasSubstr("--gpu-memory")));
+  try {
+    (void)on_gpus({"--gpu-memory", "0.5"});
+    FAIL();
+  } catch (const recipe::RecipeError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("at most 2.00 GiB on the GPUs of this host"));
+  }
+  EXPECT_THROW((void)on_gpus({"--gpu-memory", "80", "--set", "run.device=cpu"}), ConfigError);
 }
 
 TEST_F(PlanVerb, DrawsTheScheduleAsTextOrFile) {
