@@ -107,7 +107,7 @@ void Engine::Impl::estimate_curvature(StepWork work, const std::vector<MicroBatc
                                   .on_device = on_device ? &on_device->numbers() : nullptr};
   const auto uniform = to_device(uniform_numbers(on_host, seed, started_steps()), device);
   work.uniform = &uniform;
-  work.scale_on_device = {};  // scaled and unscaled by the number that the host knows
+  work.scale_on_device = Tensor();  // scaled and unscaled by the number that the host knows
   if (in_backward) in_backward->open_curvature(pass);
   if (!graph) return run_curvature(work, pass);
   load_graph(work);

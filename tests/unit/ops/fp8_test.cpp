@@ -92,8 +92,8 @@ TEST_P(EveryPath, LargeNumbersSaturate_NanStays) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cast, EveryPath, ::testing::Values(Path::kFused, Path::kReference),
-                         [](const auto& info) {
-                           return info.param == Path::kFused ? "Loops" : "Reference";
+                         [](const auto& instance) {
+                           return instance.param == Path::kFused ? "Loops" : "Reference";
                          });
 
 // Any float, by its pattern: loops and ATen's cast agree on every bit (NaN: up to its sign).

@@ -70,7 +70,9 @@ TEST(AddLayerNorm, KernelMatchesReference_EveryDtypeAndOddSizes) {
             ASSERT_TRUE(testing::near(a.residual, b.residual));
             ASSERT_TRUE(testing::near(a.normed, b.normed));
             ASSERT_TRUE(testing::near(a.d_residual, b.d_residual, gradient));
-            if (with_hidden) ASSERT_TRUE(testing::near(a.d_hidden, b.d_hidden, gradient));
+            if (with_hidden) {
+              ASSERT_TRUE(testing::near(a.d_hidden, b.d_hidden, gradient));
+            }
             ASSERT_TRUE(testing::near(a.d_weight, b.d_weight));
             ASSERT_TRUE(testing::near(a.d_bias, b.d_bias));
             ASSERT_EQ(a.normed.scalar_type(), c.compute);

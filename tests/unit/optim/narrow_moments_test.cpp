@@ -102,7 +102,9 @@ TEST(Bf16Moments, AreRoundedByTheBitsOfTheirElement) {
       if (rule != UpdateRule::kAdamW) continue;
       ASSERT_EQ(f.t.second[i].item<float>(), static_cast<float>(rounded(y.v, random[1]))) << i;
     }
-    if (rule == UpdateRule::kSophia) EXPECT_TRUE(f.t.second.equal(before.second));
+    if (rule == UpdateRule::kSophia) {
+      EXPECT_TRUE(f.t.second.equal(before.second));
+    }
   }
 }
 
@@ -201,7 +203,9 @@ void expect_block(UpdateRule rule, const FlatTensors& in, const FlatTensors& out
   }
   const bool writes_second = rule == UpdateRule::kAdamW;
   ASSERT_EQ(out.first_scale[block].item<float>(), m_scale);
-  if (writes_second) ASSERT_EQ(out.second_scale[block].item<float>(), v_scale);
+  if (writes_second) {
+    ASSERT_EQ(out.second_scale[block].item<float>(), v_scale);
+  }
   for (int64_t j = 0; j < 256; ++j) {
     const Scalar& y = values[static_cast<size_t>(j)];
     const int64_t i = block * 256 + j;

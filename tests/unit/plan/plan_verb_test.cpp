@@ -113,8 +113,9 @@ TEST_F(PlanVerb, GpusNeedNotBeHere) {
     more.insert(more.begin(), {"--set", "model.vocab_size=100", "--world", "4"});
     return run(more);
   };
-  if (probe_gpus().gpus.empty())
+  if (probe_gpus().gpus.empty()) {
     EXPECT_THAT(on_gpus({"--set", "run.device=cuda"}), HasSubstr("--gpu-memory GIB"));
+  }
   const std::string large = on_gpus({"--gpu-memory", "80"});
   EXPECT_THAT(large, HasSubstr("on the GPU of rank 0"));
   EXPECT_THAT(large, Not(HasSubstr("--gpu-memory")));
