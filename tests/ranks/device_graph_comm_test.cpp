@@ -15,6 +15,7 @@
 namespace capstan::test {
 namespace {
 
+using at::Tensor;
 using ::testing::HasSubstr;
 
 // One rank's part of a graph made of what `work` does, with communicators that have been used.

@@ -22,6 +22,7 @@
 namespace capstan::engine {
 namespace {
 
+using test::failure_of;
 using test::run_ranks_on_streams;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
@@ -88,15 +89,6 @@ Trained train_by(const TinyRun& run, const std::shared_ptr<test::FakeFabric>& fa
       },
       fabric);
   return out;
-}
-
-std::string failure_of(const std::function<void()>& fn) {
-  try {
-    fn();
-  } catch (const comm::RankError& e) {
-    return e.what();
-  }
-  return "no failure";
 }
 
 class Device : public ::testing::Environment {

@@ -5,7 +5,9 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
+#include "capstan/comm/threads.h"
 #include "capstan/device/accelerator.h"
 #include "support/fake_device/device_ranks.h"
 
@@ -22,6 +24,15 @@ inline void run_ranks_on_streams(int n, const std::function<void(const comm::Com
   };
   run_device_ranks(n, on_own_stream, 60, fabric);
   EXPECT_THAT(fabric->misuses(), ::testing::IsEmpty());
+}
+
+inline std::string failure_of(const std::function<void()>& fn) {
+  try {
+    fn();
+  } catch (const comm::RankError& e) {
+    return e.what();
+  }
+  return "no failure";
 }
 
 }  // namespace capstan::test
