@@ -171,7 +171,9 @@ StepReport Engine::Impl::next_report() {
     StepReport report = control.confirm_step(
         outcome.sums, {outcome.applied, outcome.count, outcome.gradient_scale, outcome.loss_scale});
     if (model.balance) report.experts = model.balance->receive_loads();
-    if (has_history() && outcome.applied && model.fp8->note_applied() && graph) graph->forget();
+    if (has_history() && outcome.applied && model.fp8->note_applied() && graph &&
+        graph->is_recorded())
+      graph->forget();
     return report;
   }
   StepReport report = std::move(reports.front());

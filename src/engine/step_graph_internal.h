@@ -52,6 +52,7 @@ class RecordedWork {
   // waits.
   void forget();
   [[nodiscard]] bool is_run_next() const { return calls_ < first_calls_; }
+  [[nodiscard]] bool is_recorded() const { return graph_.handle != nullptr; }
 
  private:
   void record(const std::function<void()>& work);
@@ -78,6 +79,7 @@ class StepGraph {
   [[nodiscard]] bool needs_room(const std::vector<MicroBatch>& batches) const;
   // All ranks, when one of them needs it: they record together.
   void make_room(const std::vector<MicroBatch>& batches);
+  [[nodiscard]] bool is_recorded() const { return curvature.is_recorded() || passes.is_recorded(); }
   // Steps are others from here on and are recorded again, on all ranks.
   void forget();
   // The values of a step's micro-batches, and the weights of their tokens as the head reads them,
