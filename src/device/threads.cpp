@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "capstan/device/threads.h"
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,6 +13,19 @@
 #include "capstan/base/log.h"
 
 namespace capstan::device {
+namespace {
+
+// Functions of MKL's vector math find their code in the first call. When several threads are in it,
+// some compute at low accuracy: exp of fp64 was off by 3e-9 in 3 % of processes.
+void call_vector_math() {
+  for (const auto type : {at::kFloat, at::kDouble}) {
+    const at::Tensor one = at::ones({1}, type);
+    for (const auto function : {at::exp, at::log, at::sin, at::cos, at::tanh, at::erf})
+      (void)function(one);
+  }
+}
+
+}  // namespace
 
 void set_threads(int count) {
   if (count < 1)
@@ -26,6 +40,7 @@ void set_threads(int count) {
     } catch (const std::exception& e) {
       log::debug("device", "threads between operations stay as they are: {}", e.what());
     }
+    call_vector_math();
   });
   at::set_num_threads(count);
 }

@@ -6,7 +6,8 @@
 namespace capstan::device {
 
 // Threads of LibTorch's kernels that are called from this thread (the setting is per thread); one
-// thread between operations. Throws ConfigError below 1.
+// thread between operations. To be called before anything is computed by several threads: the first
+// functions of MKL's vector math are called here, on one. Throws ConfigError below 1.
 void set_threads(int count);
 [[nodiscard]] int threads();
 // Physical cores this process may use / ranks on this machine, at least 1.

@@ -9,6 +9,7 @@
 
 #include "capstan/base/error.h"
 #include "capstan/device/isa.h"
+#include "capstan/device/threads.h"
 #include "capstan/ops/path.h"
 #include "ops/attention_internal.h"
 #include "ops/cpu/attention_kernels.h"
@@ -16,6 +17,12 @@
 
 namespace capstan::ops {
 namespace {
+
+// As in a run, before several threads compute: see device::set_threads.
+class Threads : public ::testing::Environment {
+  void SetUp() override { device::set_threads(at::get_num_threads()); }
+};
+const auto* const threads = ::testing::AddGlobalTestEnvironment(new Threads);
 
 using attention_forms::Call;
 using attention_forms::Form;
