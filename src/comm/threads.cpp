@@ -11,6 +11,7 @@
 
 #include "capstan/base/check.h"
 #include "capstan/base/log.h"
+#include "capstan/device/threads.h"
 #include "comm/thread_job_internal.h"
 
 namespace capstan::comm {
@@ -75,6 +76,7 @@ void run_thread_ranks(int n, const std::function<void(Communicator world)>& fn,
                       const ThreadRanksOptions& options) {
   CAPSTAN_CHECK(n >= 1 && options.threads_per_rank >= 1,
                 "a job needs a rank and a thread, got {} and {}", n, options.threads_per_rank);
+  device::prepare_vector_math();
   const auto job = std::make_shared<ThreadJob>(n, options.timeout_s);
   auto worlds = communicators_of(job, n);
   std::vector<std::thread> threads;

@@ -9,6 +9,7 @@
 #include "capstan/base/check.h"
 #include "capstan/base/error.h"
 #include "capstan/base/log.h"
+#include "capstan/device/threads.h"
 #include "capstan/parallel/context_split.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
@@ -146,8 +147,10 @@ std::vector<mesh::StateEntry> Engine::Impl::fp8_entries() const {
            mesh.rank() == 0}};
 }
 
-Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineOptions options)
-    : impl_(std::make_unique<Impl>(plan, mesh, options)) {}
+Engine::Engine(const plan::Plan& plan, mesh::Mesh& mesh, EngineOptions options) {
+  device::prepare_vector_math();
+  impl_ = std::make_unique<Impl>(plan, mesh, options);
+}
 Engine::~Engine() = default;
 
 void Engine::evaluate(const MicroBatch& rows, const std::function<void(const Tensor&)>& per_token) {

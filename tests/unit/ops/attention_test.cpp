@@ -18,11 +18,11 @@
 namespace capstan::ops {
 namespace {
 
-// As in a run, before several threads compute: see device::set_threads.
-class Threads : public ::testing::Environment {
-  void SetUp() override { device::set_threads(at::get_num_threads()); }
+// As in a run, before several threads compute.
+class VectorMath : public ::testing::Environment {
+  void SetUp() override { device::prepare_vector_math(); }
 };
-const auto* const threads = ::testing::AddGlobalTestEnvironment(new Threads);
+const auto* const vector_math = ::testing::AddGlobalTestEnvironment(new VectorMath);
 
 using attention_forms::Call;
 using attention_forms::Form;
