@@ -7,16 +7,16 @@
 # seed, that of bf16 with its sums in another order, and the spread of the bf16 seeds; fails when fp8 is off by more than 0.5 % or
 # outside of that spread.
 #
-#   tools/bench/fp8_loss.sh [--steps N] [--seeds "1 2 3"] [--scalings "tensor row delayed"] [--gradients e5m2] [--work DIR]
+#   tools/bench/fp8_loss.sh [--steps N] [--seeds "1 2 3"] [--scalings "tensor row delayed"] [--gradients e5m2] [--samples 16] [--work DIR]
 #
-# Model: vocabulary 4096, hidden 256, ffn 704, 4 layers, 4 heads, 2 KV heads, tied, sequence 128, 4 samples a step, cosine from 1e-3. Runs
+# Model: vocabulary 4096, hidden 256, ffn 704, 4 layers, 4 heads, 2 KV heads, tied, sequence 128, cosine from 1e-3. Runs
 # that are finished are not run again: another call with the same --work goes on.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
-steps=500 seeds="1 2 3" scalings="tensor row delayed" gradients=e5m2 work=
+steps=500 seeds="1 2 3" scalings="tensor row delayed" gradients=e5m2 samples=16 work=
 while [ $# -gt 0 ]; do
   case "$1" in
-    --steps | --seeds | --scalings | --gradients | --work) declare "${1#--}=$2"; shift 2 ;;
+    --steps | --seeds | --scalings | --gradients | --samples | --work) declare "${1#--}=$2"; shift 2 ;;
     *) sed -n '5,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
 done
@@ -39,7 +39,7 @@ run: {name: fp8-loss, steps: $steps, device: cpu}
 model: {vocab_size: auto, hidden_size: 256, intermediate_size: 704, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 2,
   tie_word_embeddings: true}
 data: {tokenizer: data/tokenizer, train: [{path: data/train}]}
-batch: {global_samples: 4, micro_samples: 4, sequence_length: 128}
+batch: {global_samples: $samples, micro_samples: $samples, sequence_length: 128}
 optimizer: {lr: 1.0e-3}
 lr_schedule: {kind: cosine, warmup: 50}
 precision: {compute: bf16}
@@ -56,7 +56,7 @@ train() { # NAME SET...
 }
 for seed in $seeds; do train "bf16-$seed" "run.seed=$seed"; done
 first=${seeds%% *}
-train bf16-order "run.seed=$first" batch.micro_samples=1
+train bf16-order "run.seed=$first" "batch.micro_samples=$((samples / 4))"
 for scaling in $scalings; do
   train "$scaling-$gradients" "run.seed=$first" "precision.fp8.scaling=$scaling" "precision.fp8.gradients=$gradients"
 done
