@@ -111,6 +111,9 @@ INSTANTIATE_TEST_SUITE_P(Backends, Order,
                                            Kind::kNcclOverGloo),
                          [](const auto& parameter) { return name_of(parameter.param); });
 
+INSTANTIATE_TEST_SUITE_P(DISABLED_Rank, Order, ::testing::Values(Kind::kProcess),
+                         [](const auto& parameter) { return name_of(parameter.param); });
+
 TEST(ThreadsBackend, SixteenRanksManyOperations_StayInStep) {
   run_ranks(16, [](const Communicator& world) {
     const int row = world.rank() / 4, column = world.rank() % 4;

@@ -7,16 +7,11 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <random>
 
 #include "capstan/base/env.h"
-#include "capstan/base/gpu.h"
-#include "capstan/comm/nccl.h"
-#include "capstan/comm/world.h"
-#include "capstan/device/accelerator.h"
-#include "capstan/device/cuda.h"
 #include "ranks/equivalence/references.h"
+#include "support/gpu_ranks.h"
 #include "support/run_processes.h"
 
 namespace capstan::test {
@@ -61,48 +56,27 @@ bool all_agree(const comm::Communicator& world, bool here) {
   return count.item<int64_t>() == world.size();
 }
 
-// Two processes on a GPU are two hosts to NCCL, which refuses one GPU twice on one host.
-void start_gpu(int rank) {
-  setenv("NCCL_HOSTID", fmt::format("capstan-test-rank-{}", rank).c_str(), 1);
-  device::start_cuda(0);
-}
-
-// Runs fn in this process and lets the others know when it fails.
-void run_here(const comm::Communicator& world, const std::function<void(comm::Communicator)>& fn) {
-  try {
-    fn(world);
-    world.barrier().wait();
-  } catch (const std::exception& error) {
-    world.abort(error.what());
-    throw;
-  }
-}
-
 TEST(DISABLED_Rank, ComparesLayouts) {
-  const bool on_gpu = read_env("CAPSTAN_TEST_GPU").has_value();
-  const comm::RankEnv env = comm::read_rank_env();
-  if (on_gpu) start_gpu(env.rank);
+  comm::World world = meet_ranks(kTimeout);
   at::set_num_threads(1);
-  comm::World world(env, kTimeout);
-  if (on_gpu) world.use_nccl(comm::installed_nccl_api(), *device::accelerator());
   References references;
   double worst = 0;
   int compared = 0;
-  for (const LayoutCase& layout : layouts_of(env.size)) {
+  for (const LayoutCase& layout : layouts_of(world.size())) {
     const ReferenceRun& reference = references.of(layout);
     if (!all_agree(world.communicator(), !is_on_edge(reference))) continue;
     const Comparison result =
         compare_layout(layout, reference, kDeviceSteps,
                        [&](int, const auto& fn) { run_here(world.communicator(), fn); });
-    EXPECT_EQ(complaint_of(layout, result), "") << "rank " << env.rank;
+    EXPECT_EQ(complaint_of(layout, result), "") << "rank " << world.rank();
     if (!result.failure.empty()) return;  // the job is over
     worst = std::max(worst, result.error());
     ++compared;
   }
   EXPECT_GT(compared, 0);
   world.close();
-  fmt::print("rank {}: {} layouts on {}, worst error {:.1e}\n", env.rank, compared,
-             on_gpu ? "a GPU" : "CPUs", worst);
+  fmt::print("rank {}: {} layouts on {}, worst error {:.1e}\n", world.rank(), compared,
+             is_gpu_rank() ? "a GPU" : "CPUs", worst);
 }
 
 void expect_equal_runs(int ranks, const std::map<std::string, std::string>& variables) {
@@ -119,21 +93,12 @@ TEST(ProcessLayouts, TwoOverGloo) { expect_equal_runs(2, {{"CAPSTAN_PROCESS_LAYO
 class GpuLayouts : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!probe_gpus().problem.empty()) GTEST_SKIP() << probe_gpus().problem;
-    if (!has_cuda_plugin()) GTEST_SKIP() << "this build has no " << cuda_plugin_path();
-  }
-  static void compare(int ranks) {
-    expect_equal_runs(ranks, {{"CAPSTAN_TEST_GPU", "1"},
-                              {"NCCL_NET", "Socket"},
-                              {"NCCL_SOCKET_IFNAME", "lo"},
-                              {"NCCL_IB_DISABLE", "1"},
-                              {"NCCL_MNNVL_ENABLE", "0"},
-                              {"NCCL_MAX_CTAS", "2"}});
+    if (const auto why = missing_gpu()) GTEST_SKIP() << *why;
   }
 };
 
-TEST_F(GpuLayouts, TwoProcessesOnOneGpu) { compare(2); }
-TEST_F(GpuLayouts, FourProcessesOnOneGpu) { compare(4); }
+TEST_F(GpuLayouts, TwoProcessesOnOneGpu) { expect_equal_runs(2, one_gpu_variables()); }
+TEST_F(GpuLayouts, FourProcessesOnOneGpu) { expect_equal_runs(4, one_gpu_variables()); }
 
 }  // namespace
 }  // namespace capstan::test
