@@ -33,7 +33,7 @@ cmake --install "$build" --prefix "$out" > /dev/null
 rm -rf "$out/include" "$out/lib/cmake"
 if [ "$with_tests" = 1 ]; then
   mkdir "$out/test-bin" "$out/bench"
-  for program in "$build"/test-bin/capstan_{*_gpu,process_layouts}_test; do
+  for program in "$build"/test-bin/capstan_{*_gpu,process_layouts,comm_ranks}_test; do
     [ ! -x "$program" ] || cp "$program" "$out/test-bin/"
   done
   for program in "$build"/tools/bench/{gpu_step,products,cpu_step,cpu_products,capstan_kernels_bench}; do
