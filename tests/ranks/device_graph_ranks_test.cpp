@@ -151,6 +151,26 @@ TEST(DeviceGraphRanks, PassesForTheCurvatureAreLaunchedToo) {
   }
 }
 
+// Of 8-bit moments: heads of 128 numbers, so that ranks of the tensor axis cut between blocks.
+TEST(DeviceGraphRanks, EightBitCurvatureIsLaunchedToo) {
+  ops::install_device_kernels(&test::fake_kernels());
+  for (const std::vector<std::string>& layout : std::vector<std::vector<std::string>>{
+           {"parallel.zero.stage=2"},
+           {"parallel.zero.stage=3", "optimizer.in_backward=true", "optimizer.max_grad_norm=none",
+            "batch.micro_samples=4"},
+           {"parallel.tensor=2"}}) {
+    SCOPED_TRACE(layout.front());
+    TinyRun run{.ranks = 2, .overrides = layout};
+    run.overrides.insert(
+        run.overrides.end(),
+        {"optimizer.name=sophia", "optimizer.sophia.interval=1", "optimizer.moments=int8",
+         "precision.compute=fp32", "model.hidden_size=256", "model.intermediate_size=512",
+         "model.num_hidden_layers=1", "model.head_dim=128", "model.initializer_range=0.05"});
+    (void)expect_launched_steps(run, 3);
+  }
+  ops::install_device_kernels(nullptr);
+}
+
 TEST(DeviceGraphRanks, StepsAreThoseWithoutIt) {
   for (TinyRun run : layouts()) {
     SCOPED_TRACE(::testing::PrintToString(run.overrides));

@@ -40,6 +40,11 @@ std::vector<std::string> in_backward() {
   return {"optimizer.in_backward=true", "optimizer.max_grad_norm=none", "batch.micro_samples=8"};
 }
 
+// A block of codes is 256 elements.
+const std::vector<std::string> kInt8 = {
+    "optimizer.moments=int8",      "precision.compute=fp32",    "model.hidden_size=256",
+    "model.intermediate_size=256", "model.num_hidden_layers=1", "model.initializer_range=0.05"};
+
 struct Trained {
   TinyResult run;
   int64_t waits = 0, launches = 0;  // of the last three steps
@@ -88,9 +93,19 @@ TEST_P(DeviceGraph, PassesForTheCurvatureAreLaunchedToo) {
   std::vector<Form> forms = {{1, 3, {"precision.compute=fp16", "precision.loss_scale=128"}},
                              {2, 2, {"data.documents=separate", "precision.compute=bf16"}},
                              {3, 1, {"parallel.recompute.mode=block"}}};
-  if (GetParam()) forms.push_back({3, 1, {"optimizer.moments=bf16", "precision.compute=bf16"}});
+  const auto with_updates = [](std::vector<std::string> overrides) {
+    for (const std::string& more : in_backward()) overrides.push_back(more);
+    return overrides;
+  };
+  forms.push_back({2, 2, with_updates({"precision.compute=bf16"})});
+  forms.push_back({1, 3, with_updates({"model.tie_word_embeddings=true"})});
+  if (GetParam()) {
+    forms.push_back({3, 1, {"optimizer.moments=bf16", "precision.compute=bf16"}});
+    forms.push_back({2, 2, kInt8});
+    forms.push_back({1, 3, with_updates(kInt8)});
+  }
   for (Form& form : forms) {
-    SCOPED_TRACE(form.overrides.front());
+    SCOPED_TRACE(::testing::PrintToString(form.overrides));
     form.overrides.insert(form.overrides.end(),
                           {"optimizer.name=sophia", "optimizer.lr=1.0e-3",
                            "optimizer.sophia.interval=" + std::to_string(form.interval)});

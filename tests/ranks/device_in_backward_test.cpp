@@ -27,6 +27,11 @@ TinyRun in_backward(TinyRun run) {
   return run;
 }
 
+// A block of codes is 256 elements.
+const std::vector<std::string> kInt8 = {"optimizer.moments=int8", "precision.compute=fp32",
+                                        "model.hidden_size=256", "model.intermediate_size=256",
+                                        "model.num_hidden_layers=1"};
+
 EngineHooks on_own_thread() {
   thread_local const test::BackwardOnThisThread here;
   return {};
@@ -54,8 +59,10 @@ TEST_P(InBackwardOnADevice, SameBits) {
     runs.push_back({"optimizer.moments=bf16", "precision.compute=bf16"});
     runs.push_back({"optimizer.moments=bf16", "precision.compute=bf16", "optimizer.name=sophia",
                     "optimizer.sophia.interval=2"});
-    runs.push_back({"optimizer.moments=int8", "precision.compute=fp32", "model.hidden_size=256",
-                    "model.intermediate_size=256", "model.num_hidden_layers=1"});
+    runs.push_back(kInt8);
+    runs.push_back(kInt8);
+    runs.back().insert(runs.back().begin(), {"optimizer.name=sophia", "optimizer.sophia.interval=1",
+                                             "optimizer.lr=1.0e-3"});
   }
   for (const auto& overrides : runs) {
     const TinyRun run = make_run(overrides);
