@@ -78,7 +78,7 @@ TEST(DISABLED_Rank, SecondThrows) {
 }
 
 TEST(GlooProcesses, RankThatThrows_IsNamedByTheOther) {
-  const ProcessResults results = run_rank_test("SecondThrows", 2, {.deadline_s = 30});
+  const ProcessResults results = run_rank_test("SecondThrows", 2);
   EXPECT_FALSE(results.timed_out) << results.text();
   EXPECT_EQ(results.ranks[0].exit_code, 1);
   EXPECT_THAT(results.ranks[0].text(),
@@ -94,7 +94,7 @@ TEST(DISABLED_Rank, SecondDies) {
 }
 
 TEST(GlooProcesses, RankThatIsKilled_IsTheOneWithoutASignOfLife) {
-  const ProcessResults results = run_rank_test("SecondDies", 2, {.deadline_s = 30});
+  const ProcessResults results = run_rank_test("SecondDies", 2);
   EXPECT_FALSE(results.timed_out) << results.text();
   EXPECT_EQ(results.ranks[1].signal, SIGKILL);
   EXPECT_EQ(results.ranks[0].exit_code, 1);
@@ -112,7 +112,7 @@ TEST(DISABLED_Rank, FirstDies) {
 }
 
 TEST(GlooProcesses, EndOfTheRankWithTheStore_EndsTheOthers) {
-  const ProcessResults results = run_rank_test("FirstDies", 2, {.deadline_s = 30});
+  const ProcessResults results = run_rank_test("FirstDies", 2);
   EXPECT_FALSE(results.timed_out) << results.text();
   EXPECT_EQ(results.ranks[1].exit_code, 1);
   EXPECT_THAT(results.ranks[1].text(), HasSubstr("rank 0 has ended, or the network to it failed"));
@@ -135,7 +135,7 @@ TEST(DISABLED_Rank, SecondStops) {
 }
 
 TEST(GlooProcesses, RankThatIsStopped_IsNamedAtTheDeadline) {
-  const ProcessResults results = run_rank_test("SecondStops", 2, {.deadline_s = 30});
+  const ProcessResults results = run_rank_test("SecondStops", 2);
   EXPECT_FALSE(results.timed_out) << results.text();
   EXPECT_THAT(results.ranks[0].text(), AllOf(HasSubstr("no arrival of rank 1 within 1 s"),
                                              HasSubstr("rank 1 gives no sign of life")));
@@ -152,17 +152,15 @@ TEST(DISABLED_Rank, MeetsNobody) {
 
 TEST(GlooProcesses, RankThatNeverStarts_IsNamed) {
   const ProcessResults results =
-      run_rank_test("MeetsNobody", 1,
-                    {.env = {{"WORLD_SIZE", "3"}, {"LOCAL_WORLD_SIZE", "3"}}, .deadline_s = 30});
+      run_rank_test("MeetsNobody", 1, {.env = {{"WORLD_SIZE", "3"}, {"LOCAL_WORLD_SIZE", "3"}}});
   EXPECT_TRUE(results.all_succeeded()) << results.text();
   EXPECT_THAT(results.ranks[0].out, HasSubstr("no sign of ranks 1, 2 within 0.5 s"));
 }
 
 TEST(GlooProcesses, StoreSocketOfAnotherPort_IsRefused) {
-  const ProcessResults results =
-      run_rank_test("MeetsNobody", 1,
-                    {.env = {{"WORLD_SIZE", "2"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_PORT", "1"}},
-                     .deadline_s = 30});
+  const ProcessResults results = run_rank_test(
+      "MeetsNobody", 1,
+      {.env = {{"WORLD_SIZE", "2"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_PORT", "1"}}});
   EXPECT_THAT(results.ranks[0].out,
               AllOf(HasSubstr("CAPSTAN_STORE_FD"), HasSubstr("MASTER_PORT 1")));
 }
@@ -193,9 +191,8 @@ TEST(RunProcesses, Deadline_EndsEverything) {
 }
 
 TEST(RunProcesses, OneFailure_EndsTheOthersWhenAsked) {
-  const ProcessResults results =
-      run_processes(2, {"-c", "[ $RANK = 0 ] && exit 5; exec sleep 100"},
-                    {.program = "/bin/sh", .deadline_s = 30, .one_fails_all_end = true});
+  const ProcessResults results = run_processes(2, {"-c", "[ $RANK = 0 ] && exit 5; exec sleep 100"},
+                                               {.program = "/bin/sh", .one_fails_all_end = true});
   EXPECT_FALSE(results.timed_out);
   EXPECT_EQ(results.ranks[1].signal, SIGTERM);
 }

@@ -17,7 +17,7 @@ bool has_bitwise_or(Kind kind) { return kind != Kind::kNccl && !is_real_nccl(kin
 
 void run_on(Kind kind, int n, const std::function<void(comm::Communicator world)>& fn,
             double timeout_s) {
-  constexpr double kDeadlineSeconds = 60;
+  constexpr double kDeadlineSeconds = 75;
   if (kind == Kind::kProcess) {
     const comm::Communicator world = process_world();
     CAPSTAN_CHECK(world.size() == n, "{} processes for a test of {}", world.size(), n);

@@ -24,6 +24,6 @@ enum class Kind { kThreads, kGloo, kNccl, kNcclOverGloo, kProcess };
 
 // As run_ranks; `timeout_s` is the deadline of the waits.
 void run_on(Kind kind, int n, const std::function<void(comm::Communicator world)>& fn,
-            double timeout_s = 20);
+            double timeout_s = 60);
 
 }  // namespace capstan::test

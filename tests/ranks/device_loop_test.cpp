@@ -98,10 +98,10 @@ Ended run_with(const Runner& runner, const Run& run) {
   return ended;
 }
 Ended on_the_cpu(const Run& run) {
-  return run_with([](const auto& fn) { test::run_ranks(kRanks, fn, 60); }, run);
+  return run_with([](const auto& fn) { test::run_ranks(kRanks, fn); }, run);
 }
 Ended on_the_device(const Run& run) {
-  return run_with([](const auto& fn) { test::run_device_ranks(kRanks, fn, 60); }, run);
+  return run_with([](const auto& fn) { test::run_device_ranks(kRanks, fn); }, run);
 }
 
 // Before there is a device.

@@ -22,7 +22,7 @@ inline void run_ranks_on_streams(int n, const std::function<void(const comm::Com
     const device::StreamGuard guard(accelerator, accelerator.create_stream(false));
     fn(world);
   };
-  run_device_ranks(n, on_own_stream, 60, fabric);
+  run_device_ranks(n, on_own_stream, 75, fabric);
   EXPECT_THAT(fabric->misuses(), ::testing::IsEmpty());
 }
 

@@ -72,7 +72,7 @@ void run_nccl_ranks(int n, const std::function<void(const NcclRank& rank)>& fn,
   const auto check = [&] {
     options.fabric->shut_down();
     // The threads that make communicators end by themselves.
-    const int64_t end = monotonic_ns() + int64_t{10'000'000'000};
+    const int64_t end = monotonic_ns() + int64_t{60'000'000'000};
     while (options.fabric->open() > 0 && monotonic_ns() < end) std::this_thread::yield();
     EXPECT_THAT(options.fabric->misuses(), ::testing::IsEmpty());
     EXPECT_EQ(options.fabric->open(), 0) << "NCCL communicators that nobody closed";

@@ -27,7 +27,7 @@ struct NcclRank {
 struct NcclRankOptions {
   std::shared_ptr<FakeFabric> fabric = std::make_shared<FakeFabric>();
   Kind control = Kind::kThreads;
-  double timeout_s = 20;
+  double timeout_s = 60;
 };
 
 // As run_on. Afterwards every NCCL communicator is closed and none was misused.

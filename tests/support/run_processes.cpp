@@ -211,10 +211,10 @@ void signal_running(const std::vector<Child>& children, int signal) {
 }
 
 // Children of this process that are left once the ranks have ended: the orphans of the ranks, which
-// come to us as their subreaper. They get the two seconds that a supervisor's children may take to
+// come to us as their subreaper. They get the seconds that a supervisor's children may take to
 // notice its end.
 std::vector<pid_t> reap_orphans() {
-  const auto end = Clock::now() + std::chrono::seconds(2);
+  const auto end = Clock::now() + std::chrono::seconds(10);
   for (;;) {
     const pid_t ended = ::waitpid(-1, nullptr, WNOHANG);
     if (ended < 0) return {};

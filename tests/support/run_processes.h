@@ -30,7 +30,7 @@ struct ProcessResult {
 struct ProcessResults {
   std::vector<ProcessResult> ranks;
   bool timed_out = false;
-  std::vector<pid_t> survivors;  // descendants that outlived the ranks by two seconds; killed
+  std::vector<pid_t> survivors;  // descendants that outlived the ranks by ten seconds; killed
   [[nodiscard]] bool all_succeeded() const;
   [[nodiscard]] std::string text() const;
 };

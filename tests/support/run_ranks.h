@@ -13,6 +13,6 @@ namespace capstan::test {
 // report of what each late rank did last: a thread that hangs outside of comm cannot be ended in
 // any other way.
 void run_ranks(int n, const std::function<void(comm::Communicator world)>& fn,
-               double deadline_s = 30);
+               double deadline_s = 75);
 
 }  // namespace capstan::test

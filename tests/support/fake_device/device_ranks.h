@@ -15,6 +15,6 @@ namespace capstan::test {
 // As run_ranks; installs the fake device. Backward runs on the threads of the ranks. `fabric` for
 // faults; null: one of its own.
 void run_device_ranks(int n, const std::function<void(comm::Communicator world)>& fn,
-                      double deadline_s = 60, std::shared_ptr<FakeFabric> fabric = nullptr);
+                      double deadline_s = 75, std::shared_ptr<FakeFabric> fabric = nullptr);
 
 }  // namespace capstan::test
