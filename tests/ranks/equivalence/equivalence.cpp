@@ -89,32 +89,48 @@ engine::EngineHooks watch_choices(const plan::Plan& plan, double& margin) {
   return hooks;
 }
 
-// What Lion takes the sign of, out of the moment before and after: m' = b2 m + (1 - b2) g.
+// How small the sums are whose rounding would show: what Lion takes the sign of, out of the moment
+// before and after (m' = b2 m + (1 - b2) g), and what Sophia divides, m / (rho h), where it clips,
+// as it does everywhere before the first estimate.
 class WatchDirections {
  public:
   explicit WatchDirections(const plan::Plan& plan) : optimizer_(plan.resolved.optimizer) {}
 
-  // After each step; returns the smallest direction of the step that is not 0.
+  // After each step; returns the smallest of the step that is not 0.
   double smallest(Engine& engine) {
     double smallest = INFINITY;
-    if (optimizer_.name != "lion") return smallest;
-    const double b1 = optimizer_.betas[0], b2 = optimizer_.betas[1];
+    if (optimizer_.name == "adamw") return smallest;
+    std::map<std::string, at::Tensor> moments, curvatures;
     for (const auto& entry : engine.state_entries()) {
-      if (entry.kind != "optimizer.exp_avg") continue;
-      at::Tensor& before = moments_[entry.name];
-      if (!before.defined()) before = at::zeros_like(entry.tensor);
-      const at::Tensor size =
-          (before * b1 + (entry.tensor - before * b2) * ((1 - b1) / (1 - b2))).abs();
+      if (entry.kind == "optimizer.exp_avg") moments[entry.name] = entry.tensor;
+      if (entry.kind == "optimizer.hessian") curvatures[entry.name] = entry.tensor;
+    }
+    for (const auto& [name, moment] : moments) {
+      const at::Tensor size = optimizer_.name == "lion" ? direction(before_[name], moment)
+                                                        : steadiness(moment, curvatures.at(name));
       const at::Tensor moved = size.masked_select(size.gt(0));
       if (moved.numel() > 0) smallest = std::min(smallest, moved.min().item<double>());
-      before = entry.tensor.clone();
+      before_[name] = moment.clone();
     }
     return smallest;
   }
 
  private:
+  [[nodiscard]] at::Tensor direction(const at::Tensor& before, const at::Tensor& moment) const {
+    const double b1 = optimizer_.betas[0], b2 = optimizer_.betas[1];
+    const at::Tensor old = before.defined() ? before : at::zeros_like(moment);
+    return (old * b1 + (moment - old * b2) * ((1 - b1) / (1 - b2))).abs();
+  }
+  // Rounding turns a clipped quotient only by its sign. Others it moves by its ratio to rho h,
+  // which therefore has to be larger than a sign's sum.
+  [[nodiscard]] at::Tensor steadiness(const at::Tensor& moment, const at::Tensor& curvature) const {
+    constexpr double kQuotientPerSign = 1e-4;
+    const at::Tensor size = moment.abs(), divisor = curvature * optimizer_.sophia.rho;
+    return at::where(size.gt(divisor), size, divisor * kQuotientPerSign) * size.gt(0);
+  }
+
   recipe::Optimizer optimizer_;
-  std::map<std::string, at::Tensor> moments_;
+  std::map<std::string, at::Tensor> before_;
 };
 
 double evaluate(Engine& engine, int rank) {

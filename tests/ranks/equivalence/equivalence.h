@@ -20,7 +20,7 @@ struct ReferenceRun {
   std::vector<engine::StepReport> reports;
   double eval_loss = 0;
   double margin = INFINITY;                 // by which the closest choice of an expert was made
-  double direction = INFINITY;              // smallest |b1 m + (1 - b1) g| of Lion that is not 0
+  double direction = INFINITY;              // the sign, or Sophia's quotient, of the smallest sum
   std::map<std::string, at::Tensor> state;  // "kind/name" -> whole tensor
 };
 

@@ -20,7 +20,7 @@ constexpr int kSteps = 4;
 constexpr double kBar = 1e-9;  // fp64
 // Closer choices of experts may turn with the order of sums: such a case is drawn again.
 constexpr double kClosestChoice = 1e-9;
-// So may the sign that Lion takes of a sum.
+// So may the sign that Lion or Sophia takes of a sum.
 constexpr double kClosestSign = 1e-13;
 
 int64_t number_from(const char* variable, int64_t otherwise) {

@@ -122,7 +122,7 @@ const std::vector<LayoutAxis>& model_axes() {
       {"window", {"none", "9"}},
       {"length", {"32", "12"}},
       {"frozen", {"none", "embedding", "attention", "most"}},
-      {"optimizer", {"adamw", "lion"}},
+      {"optimizer", {"adamw", "lion", "sophia"}},
       {"qwen", {"none", "2", "3"}}};
   return axes;
 }
@@ -182,6 +182,12 @@ std::vector<std::string> LayoutCase::overrides() const {
     for (const char* key : {"model.attention_bias=true", "model.attention_output_bias=false"})
       list.push_back(key);
   if (values.at("qwen") == "3") list.push_back("model.qk_norm=true");
+  // In every step but the first a pass for the curvature, so weighted that about half the quotients
+  // are not clipped.
+  if (values.at("optimizer") == "sophia")
+    for (const char* key :
+         {"optimizer.betas=[0.9, 0.9]", "optimizer.sophia.interval=1", "optimizer.sophia.rho=30"})
+      list.push_back(key);
   const bool is_gpt2 = values.at("family") == "gpt2";
   // `most` leaves an MLP whose input needs no gradient, and single norms.
   static const std::map<std::string, std::string> frozen = {
@@ -196,9 +202,9 @@ std::vector<std::string> LayoutCase::overrides() const {
       {"most", "['*', '!transformer.h.2.mlp.*', '!*.3.ln_1.weight', '!transformer.ln_f.*']"}};
   std::string patterns = (is_gpt2 ? gpt2_frozen : frozen).at(values.at("frozen"));
   // Of the gradient of gpt2's key biases rounding is all there is (a number added to all scores of
-  // a query changes nothing): Adam would scale it up, Lion take its sign.
+  // a query changes nothing): Adam would scale it up, Lion and Sophia take its sign.
   if (is_gpt2 && values.at("optimizer") == "adamw") list.push_back("optimizer.eps=1.0e-6");
-  if (is_gpt2 && values.at("optimizer") == "lion") {
+  if (is_gpt2 && values.at("optimizer") != "adamw") {
     patterns.pop_back();
     for (const char* part : {"q", "k", "v"})  // one product reads all three
       patterns += std::string(patterns == "[" ? "" : ", ") + "'*." + part + "_proj.bias'";
