@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "capstan/base/bytes.h"
+#include "capstan/base/text.h"
 #include "capstan/plan/fp8.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
@@ -187,22 +188,56 @@ std::string each(const Plan& plan, int64_t bytes) {
                      format_bytes(bytes));
 }
 
+constexpr const char* kOutOfMemory = "training would run out of memory";
+
+bool is_mostly_passes(const MemoryReport& m) {
+  return m.activations + m.workspace > m.needed() / 2;
+}
+
+// What the recipe has not done yet to take less of a GPU.
+std::string ways_to_fit(const Plan& plan, const MemoryReport& m) {
+  const recipe::Recipe& r = plan.resolved;
+  const Grid::Sizes& grid = plan.grid.sizes();
+  std::vector<std::string> ways;
+  if (is_mostly_passes(m)) {
+    ways.emplace_back("Lower batch.micro_samples or batch.sequence_length");
+    if (r.parallel.recompute.mode == "none")
+      ways.emplace_back("set parallel.recompute.mode: block");
+    return join(ways, ", or ");
+  }
+  ways.emplace_back("Make the model smaller");
+  if (grid.dp_replicate * grid.dp_shard > 1 && r.parallel.zero.stage < 3)
+    ways.emplace_back("raise parallel.zero.stage");
+  if (r.parallel.zero.offload == "none" && !r.run.graphs && !r.optimizer.in_backward)
+    ways.emplace_back("set parallel.zero.offload: optimizer");
+  return join(ways, ", or ");
+}
+
+// A rank has one GPU, whatever the others leave free on theirs.
+void check_gpu_memory(Draft& draft, const Plan& plan, const MemoryReport& largest) {
+  const int64_t gpu = plan.topology.memory_bytes / std::max(plan.topology.local_size, 1);
+  if (largest.needed() <= gpu) return;
+  draft.refuse({"batch.micro_samples",
+                fmt::format("{} on rank {} ({})", format_bytes(largest.needed()), largest.rank,
+                            list_categories(largest)),
+                fmt::format("at most {} on the GPU of a rank", format_bytes(gpu)), kOutOfMemory,
+                ways_to_fit(plan, largest)});
+}
+
 }  // namespace
 
 void check_memory(Draft& draft, const Plan& plan) {
   const int64_t available = plan.topology.memory_bytes;
   if (available <= 0) return;
-  const bool on_gpus = plan.resolved.run.device == "cuda";
   const auto [largest, sum] = sum_over_host(plan, [](const MemoryReport& m) { return m.needed(); });
+  if (plan.resolved.run.device == "cuda") return check_gpu_memory(draft, plan, largest);
   if (sum <= available) return;
   draft.refuse({"batch.micro_samples",
                 fmt::format("{} ({}{})", each(plan, largest.needed()),
                             largest.rank > 0 ? fmt::format("rank {}: ", largest.rank) : "",
                             list_categories(largest)),
-                fmt::format("at most {} on {}", format_bytes(available),
-                            on_gpus ? "the GPUs of this host" : "this host"),
-                "training would run out of memory",
-                largest.activations + largest.workspace > largest.needed() / 2
+                fmt::format("at most {} on this host", format_bytes(available)), kOutOfMemory,
+                is_mostly_passes(largest)
                     ? "Lower batch.micro_samples or batch.sequence_length, or start fewer ranks"
                     : "Make the model smaller, or start fewer ranks"});
 }

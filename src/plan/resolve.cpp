@@ -55,7 +55,7 @@ void resolve_run(Draft& draft) {
     draft.choose("run.device", run.device, "what this machine offers");
   } else if (run.device != topology.device) {
     draft.refuse({"run.device", run.device, topology.device,
-                  "no GPU for every rank is found where the run is placed; capstan doctor says why",
+                  gpu_obstacle(topology.local_size) + "; capstan doctor shows what is here",
                   "Set run.device: auto"});
   }
   if (!run.directory) {

@@ -1,8 +1,11 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
 #include "capstan/base/env.h"
 #include "capstan/base/gpu.h"
 #include "capstan/plan/plan.h"
+#include "plan/resolve_internal.h"
 
 namespace capstan::plan {
 
@@ -22,6 +25,16 @@ Topology local_topology(int world_size, int local_size, const std::string& devic
     topology.memory_bytes = found.gpus.front().memory_bytes * local_size;
   }
   return topology;
+}
+
+std::string gpu_obstacle(int ranks) {
+  const GpuProbe& found = probe_gpus();
+  const auto count = static_cast<int>(found.gpus.size());
+  if (count == 0) return found.problem;
+  if (!has_cuda_plugin()) return fmt::format("this build has no {}", cuda_plugin_path());
+  if (count < ranks)
+    return fmt::format("{} ranks here, and CUDA shows {} of this host's GPUs", ranks, count);
+  return "no GPU for every rank is found where the run is placed";
 }
 
 }  // namespace capstan::plan

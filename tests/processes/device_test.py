@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user reads who asks for a GPU on a machine without one, or without the plug-in. The driver is one made for tests."""
 import os
+import re
 import unittest
 
-from cli_program import Program
+from cli_program import SOURCE, Program
 
 DRIVER = os.environ["FAKE_DRIVER"]
 
@@ -24,10 +25,11 @@ class Device(Program):
         self.assertIn("does not start: unknown error", self.run_with_driver("doctor", gpus="broken").stdout)
 
     def test_cuda_without_a_gpu_is_refused_before_anything_starts(self):
-        done = self.run_with_driver("train", "tiny.yaml", "--nproc", "2", "--set", "run.device=cuda", gpus="1")
-        self.assertEqual(done.returncode, 2)
-        for words in ("run.device", "cuda", "need cpu", "capstan doctor says why"):
-            self.assertIn(words, done.stderr)
+        for gpus, why in (("1", "this build has no "), ("0", "shows no GPU (see CUDA_VISIBLE_DEVICES)"), ("broken", "does not start: unknown error")):
+            done = self.run_with_driver("train", "tiny.yaml", "--nproc", "2", "--set", "run.device=cuda", gpus=gpus)
+            self.assertEqual(done.returncode, 2)
+            for words in ("run.device", "cuda", "need cpu", why, "capstan doctor shows what is here"):
+                self.assertIn(words, done.stderr)
         self.assertFalse((self.home / "runs" / "tiny").exists())
 
     def test_threads_and_cuda_exclude_each_other(self):
@@ -39,6 +41,14 @@ class Device(Program):
         done = self.check("plan", "tiny.yaml", "--world", "2", "--set", "run.device=cuda", "--set", "precision.compute=auto")
         self.assertIn("compute bf16", done.stdout)
 
+    def test_plans_that_recipes_and_help_name_are_made(self):
+        files = sorted((SOURCE / "configs").rglob("*.yaml"))
+        comments = "\n".join(line for file in files for line in file.read_text().splitlines() if line.startswith("#"))
+        commands = re.findall(r"capstan (plan [^`\n]+)", comments + "\n" + self.check("plan", "--help").stdout.partition("Example:")[2])
+        self.assertGreaterEqual(len(commands), 10)
+        for command in commands:
+            with self.subTest(command):
+                self.check(*command.split())
 
     def test_a_model_is_used_where_the_user_says(self):
         self.train("used")

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // What a GPU holds beside tensors, by hand.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -20,6 +21,7 @@ using ::testing::HasSubstr;
 using testing::machine;
 using ::testing::Not;
 using testing::plan_of;
+using testing::problems_of;
 using testing::resolved;
 
 // Of LibTorch's two threads and one of cuBLASLt's algorithms.
@@ -107,10 +109,53 @@ TEST(DeviceMemory, AGpuThatIsTooSmall_IsRefused) {
     (void)plan_of(resolved(), topology);
     FAIL() << "a plan beyond the GPU";
   } catch (const recipe::RecipeError& error) {
-    for (const std::string& words : {std::string("on the GPUs of this host"),
+    for (const std::string& words : {std::string("on the GPU of a rank"),
                                      "device " + format_bytes(m.device), std::string("out of")})
       EXPECT_THAT(error.what(), HasSubstr(words));
   }
+}
+
+// Stages of a pipeline need different amounts: what one leaves free on its GPU is no use to
+// another.
+TEST(DeviceMemory, EachRankHasItsOwnGpu) {
+  const auto recipe = resolved({"parallel.pipeline.size=2", "parallel.pipeline.schedule=1f1b",
+                                "model.tie_word_embeddings=false", "batch.micro_samples=1"});
+  Topology topology = gpus(2);
+  const Plan plan = plan_of(recipe, topology);
+  const int64_t first = plan.memory.needed(), last = report_memory(plan, 1).needed();
+  ASSERT_NE(first, last);
+  const int64_t largest = std::max(first, last);
+  topology.memory_bytes = 2 * largest;
+  EXPECT_NO_THROW((void)plan_of(recipe, topology));
+  topology.memory_bytes = 2 * largest - 2;
+  ASSERT_GT(topology.memory_bytes, first + last);
+  const auto problems = problems_of(recipe, topology);
+  ASSERT_EQ(problems.size(), 1U);
+  for (const std::string& words :
+       {fmt::format("{} on rank {}", format_bytes(largest), first > last ? 0 : 1),
+        std::string("on the GPU of a rank")})
+    EXPECT_THAT(problems[0].text(), HasSubstr(words));
+  EXPECT_THAT(problems[0].text(), Not(HasSubstr("fewer ranks")));
+}
+
+// The ways that are named are open: what is done already, or not with this recipe, is none.
+TEST(DeviceMemory, WaysToFitAreOpen) {
+  const auto fix = [](std::vector<std::string> overrides, int ranks) {
+    Topology topology = gpus(ranks);
+    topology.memory_bytes = ranks * 600 * kMiB;  // hardly more than what is no tensor
+    overrides.emplace_back("model.hidden_size=4096");
+    const auto problems = problems_of(resolved(overrides), topology);
+    EXPECT_EQ(problems.size(), 1U);
+    return problems.empty() ? "" : problems[0].fix;
+  };
+  EXPECT_EQ(fix({}, 1), "Make the model smaller, or set parallel.zero.offload: optimizer");
+  EXPECT_EQ(fix({"run.graphs=true"}, 1), "Make the model smaller");
+  EXPECT_EQ(fix({}, 2),
+            "Make the model smaller, or raise parallel.zero.stage, or set "
+            "parallel.zero.offload: optimizer");
+  EXPECT_EQ(fix({"batch.micro_samples=512", "batch.global_samples=512"}, 1),
+            "Lower batch.micro_samples or batch.sequence_length, or set "
+            "parallel.recompute.mode: block");
 }
 
 // By hand: 1 MiB, which is full; as much again; 2 MiB; and what is larger than all before.

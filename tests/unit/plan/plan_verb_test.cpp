@@ -123,7 +123,7 @@ TEST_F(PlanVerb, GpusNeedNotBeHere) {
     (void)on_gpus({"--gpu-memory", "0.5"});
     FAIL();
   } catch (const recipe::RecipeError& e) {
-    EXPECT_THAT(e.what(), HasSubstr("at most 1.00 GiB on the GPUs of this host"));
+    EXPECT_THAT(e.what(), HasSubstr("at most 512 MiB on the GPU of a rank"));
   }
   EXPECT_THROW((void)on_gpus({"--gpu-memory", "80", "--set", "run.device=cpu"}), ConfigError);
 }
