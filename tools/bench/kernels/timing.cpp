@@ -27,6 +27,8 @@ void check(cudaError_t error, const char* what) {
 
 }  // namespace
 
+const kernels::Api& api() { return kernels::cuda_api(); }
+
 DeviceMemory::DeviceMemory(size_t bytes) {
   check(cudaMalloc(&data_, bytes), "allocating device memory");
   check(cudaMemset(data_, 0, bytes), "clearing device memory");
@@ -68,16 +70,16 @@ double copy_rate() {
     constexpr int64_t kBytes = int64_t{1} << 30;
     const DeviceMemory from(kBytes), to(kBytes);
     const double us = median_us([&](kernels::Stream stream) {
-      kernels::cuda_api().copy({from.data(), to.data(), kBytes}, stream);
+      api().copy({from.data(), to.data(), kBytes}, stream);
     });
     return 2.0 * static_cast<double>(kBytes) / us * 1e6;
   }();
   return rate;
 }
 
-void report(const std::string& name, const std::string& shape, double bytes, double us) {
+void report(const std::string& kernel, const std::string& shape, double bytes, double us) {
   const double rate = bytes / us * 1e6;
-  fmt::print("{:<28}{:<34}{:>10.1f}{:>10.0f}{:>8.2f}\n", name, shape, us, rate / 1e9,
+  fmt::print("{:<24}{:<44}{:>10.1f}{:>10.0f}{:>8.2f}\n", kernel, shape, us, rate / 1e9,
              rate / copy_rate());
 }
 

@@ -1,15 +1,18 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-// Times a kernel on the device and compares the bytes that it must move with a device copy.
+// Times a kernel on the device and compares the bytes that it must move with a device copy. A test
+// puts the emulator behind it, which tells no times.
 #pragma once
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "capstan/kernels/stream.h"
+#include "capstan/kernels/api.h"
 
 namespace capstan::bench {
+
+[[nodiscard]] const kernels::Api& api();
 
 // Zeroed device memory; freed at the end.
 class DeviceMemory {
@@ -39,7 +42,7 @@ class DeviceMemory {
 
 // Bytes per second of kernels::copy on 1 GiB, read and write counted.
 [[nodiscard]] double copy_rate();
-// One line: name, shape, us, GB/s, ratio to the copy.
-void report(const std::string& name, const std::string& shape, double bytes, double us);
+// One line: kernel (of Api), shape, us, GB/s, ratio to the copy.
+void report(const std::string& kernel, const std::string& shape, double bytes, double us);
 
 }  // namespace capstan::bench
