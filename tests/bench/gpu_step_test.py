@@ -114,6 +114,15 @@ class GpuStep(unittest.TestCase):
         text, _ = self.bench("--peers", "eager", "--python", sys.executable, "--rounds", "2", "--micro-batches", "4", "--tokens", "1024")
         self.assertIn("| PyTorch eager | what it keeps | 4 | 2000 | 2.00 | 40.0 % |", text)
 
+    def test_another_model_is_no_peer(self):
+        peer = self.program.with_name("peer")
+        peer.write_text(self.program.read_text().replace("parameters=7", "parameters=8"))
+        self.addCleanup(setattr, gpu_step, "PEER", gpu_step.PEER)
+        gpu_step.PEER = peer
+        with self.assertRaises(SystemExit) as refused:
+            self.bench("--peers", "eager", "--python", sys.executable, "--rounds", "1", "--micro-batches", "4", "--tokens", "1024")
+        self.assertIn("PyTorch eager has 8 parameters, the side before it 7", str(refused.exception))
+
     def test_nothing_fits(self):
         with self.assertRaises(SystemExit) as ended:
             self.bench("--peers", "none", "--micro-batches", "8")

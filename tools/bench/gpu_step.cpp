@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <sys/resource.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
+#include <torch/headeronly/version.h>
 
 #include <cstdio>
 #include <functional>
@@ -29,13 +30,13 @@ using namespace capstan;
 using Arguments = std::map<std::string, std::string>;
 
 Arguments parse(int argc, char** argv) {
-  Arguments defaults = {{"device", "cuda"},    {"dtype", "bf16"},   {"graphs", "false"},
-                        {"micro", "4"},        {"samples", "8"},    {"sequence", "1024"},
-                        {"hidden", "768"},     {"ffn", "2048"},     {"layers", "12"},
-                        {"heads", "12"},       {"kv_heads", "12"},  {"vocabulary", "50304"},
-                        {"tied", "false"},     {"bias", "false"},   {"steps", "4"},
-                        {"warmup", "3"},       {"threads", "auto"}, {"trace", ""},
-                        {"recompute", "none"}, {"moments", "auto"}, {"gemm", "auto"}};
+  Arguments defaults = {
+      {"family", "llama"},     {"device", "cuda"},  {"dtype", "bf16"},    {"graphs", "false"},
+      {"micro", "4"},          {"samples", "8"},    {"sequence", "1024"}, {"hidden", "768"},
+      {"ffn", "2048"},         {"layers", "12"},    {"heads", "12"},      {"kv_heads", "12"},
+      {"vocabulary", "50304"}, {"tied", "false"},   {"bias", "false"},    {"steps", "4"},
+      {"warmup", "3"},         {"threads", "auto"}, {"trace", ""},        {"recompute", "none"},
+      {"moments", "auto"},     {"gemm", "auto"}};
   for (int i = 1; i < argc; ++i) {
     const std::string text = argv[i];
     const size_t at = text.find('=');
@@ -63,18 +64,21 @@ recipe::Resolved make_recipe(const Arguments& a) {
                                   {"hidden", "model.hidden_size"},
                                   {"ffn", "model.intermediate_size"},
                                   {"layers", "model.num_hidden_layers"},
+                                  {"family", "model.family"},
                                   {"heads", "model.num_attention_heads"},
-                                  {"kv_heads", "model.num_key_value_heads"},
                                   {"vocabulary", "model.vocab_size"},
                                   {"tied", "model.tie_word_embeddings"},
-                                  {"bias", "model.attention_bias"},
                                   {"samples", "batch.global_samples"},
                                   {"micro", "batch.micro_samples"},
                                   {"sequence", "batch.sequence_length"},
                                   {"recompute", "parallel.recompute.mode"},
                                   {"moments", "optimizer.moments"}})
     overrides.push_back(fmt::format("{}={}", name, a.at(key)));
-  overrides.emplace_back("model.attention_output_bias=false");
+  if (a.at("family") != "gpt2")
+    for (const std::string& key :
+         {"num_key_value_heads=" + a.at("kv_heads"), "attention_bias=" + a.at("bias"),
+          std::string("attention_output_bias=false")})
+      overrides.push_back("model." + key);
   overrides.push_back("precision.compute=" + (fp8 ? "bf16" : a.at("dtype")));
   if (fp8) overrides.emplace_back("precision.fp8.scaling=tensor");
   return recipe::parse_recipe(
@@ -140,6 +144,8 @@ json::Json describe(const plan::Plan& plan, const Arguments& a) {
   const auto& memory = plan.memory;
   return {{"who", "capstan"},
           {"processor", gpu},
+          {"torch", TORCH_VERSION},
+          {"driver_cuda", cuda_version_text(probe_gpus().driver_cuda)},
           {"peak_flops", peak},
           {"micro", plan.batch.micro_samples},
           {"tokens_per_step", plan.batch.tokens_per_step},

@@ -14,15 +14,17 @@ import statistics
 import subprocess
 import sys
 
-MODELS = {  # hidden ffn layers heads kv_heads vocabulary sequence tied bias (of q, k, v)
-    "tiny": (64, 176, 2, 4, 2, 512, 64, False, True),
-    "124m": (768, 2048, 12, 12, 12, 50304, 1024, True, False),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 1024, True, True),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 1024, True, True),
-    "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, 1024, True, True),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 1024, False, True),
+MODELS = {  # family hidden ffn layers heads kv_heads vocabulary sequence tied bias (of q, k, v; those of gpt2 are all there)
+    "tiny": ("llama", 64, 176, 2, 4, 2, 512, 64, False, True),
+    "tiny-gpt2": ("gpt2", 64, 256, 2, 4, 4, 512, 64, True, True),
+    "gpt2-124m": ("gpt2", 768, 3072, 12, 12, 12, 50304, 1024, True, True),  # 50257 ids and 47 that fill up a multiple of 64, for all sides
+    "124m": ("llama", 768, 2048, 12, 12, 12, 50304, 1024, True, False),
+    "qwen2.5-0.5b": ("llama", 896, 4864, 24, 14, 2, 151936, 1024, True, True),
+    "qwen2.5-1.5b": ("llama", 1536, 8960, 28, 12, 2, 151936, 1024, True, True),
+    "qwen2.5-3b": ("llama", 2048, 11008, 36, 16, 2, 151936, 1024, True, True),
+    "qwen2.5-7b": ("llama", 3584, 18944, 28, 28, 4, 152064, 1024, False, True),
 }
-KEYS = ("hidden", "ffn", "layers", "heads", "kv_heads", "vocabulary", "sequence", "tied", "bias")
+KEYS = ("family", "hidden", "ffn", "layers", "heads", "kv_heads", "vocabulary", "sequence", "tied", "bias")
 PEER = pathlib.Path(__file__).with_name("gpu_step_peer.py")
 NAMES = {"capstan": "Capstan", "eager": "PyTorch eager", "compile": "torch.compile"}
 
@@ -72,6 +74,7 @@ class Bench:
         options.out.mkdir(parents=True, exist_ok=True)
         self.runs = options.out / "runs.jsonl"
         self.runs.write_text("")
+        self.parameters = None  # of all sides
 
     def arguments(self, who, micro, more):
         o = self.options
@@ -90,6 +93,9 @@ class Bench:
         if done.returncode != 0:
             sys.exit(f"error: {NAMES[who]} with {micro} sequences a pass ended with {done.returncode}:\n{done.stderr[-4000:]}")
         result = {**json.loads(done.stdout.splitlines()[-1]), "model": self.options.model, "device": self.options.device}
+        self.parameters = self.parameters or result["parameters"]
+        if result["parameters"] != self.parameters:
+            sys.exit(f"error: {NAMES[who]} has {result['parameters']} parameters, the side before it {self.parameters}: not the same model")
         with open(self.runs, "a") as file:
             file.write(json.dumps(result) + "\n")
         return result

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Capstan contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The peer of gpu_step.sh: the same model as transformers' LlamaForCausalLM or, with biases, Qwen2ForCausalLM, eager or compiled, with the same keys as gpu_step.
+"""The peer of gpu_step.sh: the same model as transformers' LlamaForCausalLM, with biases Qwen2ForCausalLM, or GPT2LMHeadModel, eager or compiled, with
+the same keys as gpu_step.
 
 Keeps what ours keeps: fp32 master weights and fp32 moments in torch's fused AdamW, beside bf16 weights without autocast (states=fp32);
 gradients stay in the type of the weights over the micro-batches of a step, ours are summed in fp32. states=low has the optimizer work on
@@ -13,21 +14,27 @@ import time
 import torch
 import transformers
 
-DEFAULTS = dict(device="cuda", dtype="bf16", micro="4", samples="8", sequence="1024", hidden="768", ffn="2048", layers="12", heads="12",
+DEFAULTS = dict(family="llama", device="cuda", dtype="bf16", micro="4", samples="8", sequence="1024", hidden="768", ffn="2048", layers="12", heads="12",
                 kv_heads="12", vocabulary="50304", tied="false", bias="false", steps="4", warmup="3", threads="auto", compile="false", states="fp32",
                 recompute="none")
 
 
-def make_model(a, dtype):
+def make_config(a):
+    shared = dict(vocab_size=int(a["vocabulary"]), tie_word_embeddings=a["tied"] == "true", use_cache=False, attn_implementation="sdpa")
+    if a["family"] == "gpt2":
+        return transformers.GPT2Config(
+            n_embd=int(a["hidden"]), n_inner=int(a["ffn"]), n_layer=int(a["layers"]), n_head=int(a["heads"]), n_positions=int(a["sequence"]),
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared)
     has_bias = a["bias"] == "true"  # of q, k and v alone
-    config_class, model_class = (transformers.Qwen2Config, transformers.Qwen2ForCausalLM) if has_bias else (
-        transformers.LlamaConfig, transformers.LlamaForCausalLM)
-    config = config_class(
-        vocab_size=int(a["vocabulary"]), hidden_size=int(a["hidden"]), intermediate_size=int(a["ffn"]), num_hidden_layers=int(a["layers"]),
-        num_attention_heads=int(a["heads"]), num_key_value_heads=int(a["kv_heads"]), max_position_embeddings=int(a["sequence"]),
-        tie_word_embeddings=a["tied"] == "true", use_cache=False, attn_implementation="sdpa")
+    return (transformers.Qwen2Config if has_bias else transformers.LlamaConfig)(
+        hidden_size=int(a["hidden"]), intermediate_size=int(a["ffn"]), num_hidden_layers=int(a["layers"]), num_attention_heads=int(a["heads"]),
+        num_key_value_heads=int(a["kv_heads"]), max_position_embeddings=int(a["sequence"]), **shared)
+
+
+def make_model(a, dtype):
+    config = make_config(a)
     with torch.device(a["device"]):
-        model = model_class(config).to(dtype).train()
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
     if a["recompute"] == "block":
         model.gradient_checkpointing_enable()
     return model
@@ -58,6 +65,7 @@ def measure(a, result):
     micro, sequence = int(a["micro"]), int(a["sequence"])
     count = int(a["samples"]) // micro
     model = make_model(a, dtype)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
     keeps_master = a["states"] == "fp32" and dtype != torch.float32
     optimizer = Optimizer(list(model.parameters()), keeps_master)
     states = "fp32" if keeps_master or dtype == torch.float32 else a["dtype"]
