@@ -10,6 +10,24 @@
 #include "capstan/parallel/flat_store.h"
 
 namespace capstan::engine {
+namespace {
+
+void log_form(const ops::GroupedCase& asked, const ops::GroupedChoice& choice, bool is_counted) {
+  if (asked.on_cpu) return log::info("engine", "experts: a product for each");
+  if (choice.form == ops::GroupedForm::kGrouped)
+    return log::info("engine", "experts: one product for all of a layer{}",
+                     is_counted
+                         ? "; the host waits once per layer and pass for the rows that travel, "
+                           "unless model.experts.capacity_factor bounds them"
+                         : ", the host does not wait for their rows");
+  const bool is_narrow = at::elementSize(asked.dtype) == 2;
+  log::write(is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
+             fmt::format("experts: a product for each, and the host waits for their rows once per "
+                         "layer and pass: {}{}{}",
+                         choice.reason, choice.fix.empty() ? "" : ". ", choice.fix));
+}
+
+}  // namespace
 
 ops::GroupedCase experts_case(const plan::Plan& plan, at::Device device) {
   const plan::ModelPlan& model = plan.model();
@@ -22,6 +40,7 @@ ops::GroupedCase experts_case(const plan::Plan& plan, at::Device device) {
   asked.groups = e.count / plan.grid.sizes().ep;
   asked.hidden = model.shape.hidden_size;
   asked.features = e.intermediate_size;
+  asked.knows_rows = plan.grid.sizes().ep > 1;
   return asked;
 }
 
@@ -32,18 +51,13 @@ bool counts_travellers(const plan::Plan& plan) {
 void log_experts(const plan::Plan& plan, at::Device device) {
   const ops::GroupedCase asked = experts_case(plan, device);
   const ops::GroupedChoice choice = ops::choose_grouped(asked);
-  const bool is_counted = counts_travellers(plan);
-  if (choice.form == ops::GroupedForm::kGrouped)
-    return log::info("engine", "experts: one product for all of a layer{}",
-                     is_counted
-                         ? "; the host waits once per layer and pass for the rows that travel, "
-                           "unless model.experts.capacity_factor bounds them"
-                         : ", the host does not wait for their rows");
-  const bool is_narrow = at::elementSize(asked.dtype) == 2;
-  log::write(is_narrow ? log::Level::kWarning : log::Level::kInfo, "engine",
-             fmt::format("experts: a product for each, and the host waits for their rows once per "
-                         "layer and pass: {}{}{}",
-                         choice.reason, choice.fix.empty() ? "" : ". ", choice.fix));
+  log_form(asked, choice, counts_travellers(plan));
+  if (at::elementSize(asked.dtype) != 2) return;
+  if (choice.rounding.empty())
+    return log::info("engine",
+                     "experts: weight gradients are summed in fp32, by a product for each");
+  log::info("engine", "experts: weight gradients are rounded to {} once per micro-batch: {}",
+            name_of(plan.precision.compute), choice.rounding);
 }
 
 }  // namespace capstan::engine

@@ -17,6 +17,9 @@ void run_algorithm(LtApi& api, const LtProblem& problem, const LtAlgorithm& algo
 // A product of the problem on scratch memory, with numbers between -1 and 1.
 [[nodiscard]] Product scratch_product(const LtProblem& problem);
 
+// Whether a product of factors of this type adds to an fp32 matrix: 16-bit ones on GPUs, bf16 on
+// CPUs with AMX, none by the reference.
+[[nodiscard]] bool adds_wide(c10::Device device, at::ScalarType type);
 // Whether our kernels of CPUs with AMX have the product: bf16 factors, an fp32 result.
 [[nodiscard]] bool is_for_tiles(const Product& product);
 // Such a product.

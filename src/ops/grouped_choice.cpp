@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "ops/experts_on_device_internal.h"
+#include "ops/gemm_internal.h"
 #include "ops/on_device_internal.h"
 
 namespace capstan::ops {
@@ -14,7 +15,7 @@ namespace {
 constexpr int64_t kMostGroups = 1024, kRowBytes = 16;
 
 GroupedChoice loop(std::string reason, std::string fix) {
-  return {GroupedForm::kLoop, std::move(reason), std::move(fix)};
+  return {GroupedForm::kLoop, std::move(reason), std::move(fix), ""};
 }
 
 GroupedChoice choose_by_sizes(const GroupedCase& c) {
@@ -31,22 +32,10 @@ GroupedChoice choose_by_sizes(const GroupedCase& c) {
     return loop(fmt::format("experts of {} features, a grouped product takes multiples of {}",
                             c.features, step),
                 "Set model.experts.intermediate_size to one");
-  return {GroupedForm::kGrouped, "", ""};
+  return {GroupedForm::kGrouped, "", "", ""};
 }
 
-}  // namespace
-
-GroupedCase grouped_case(c10::Device device, at::ScalarType dtype, int64_t experts) {
-  const device::Accelerator* const accelerator = device::accelerator();
-  const bool on_cpu = device.is_cpu() || !accelerator;
-  return {.path = path(),
-          .on_cpu = on_cpu,
-          .has_order = !on_cpu && device_kernels() != nullptr && on_device::takes_order(0, experts),
-          .has_products = !on_cpu && accelerator->has_grouped_products(dtype),
-          .dtype = dtype};
-}
-
-GroupedChoice choose_grouped(const GroupedCase& c) {
+GroupedChoice choose_form(const GroupedCase& c) {
   if (c.on_cpu) return {};
   if (c.path == Path::kReference) return loop("CAPSTAN_OPS is reference", "Unset it");
   if (!c.has_order) return loop("choices are put into the order of experts by the host", "");
@@ -61,6 +50,34 @@ GroupedChoice choose_grouped(const GroupedCase& c) {
     return loop("weights of experts have another type than their inputs",
                 "Take them out of precision.keep_fp32");
   return choose_by_sizes(c);
+}
+
+std::string rounding_of(const GroupedCase& c, GroupedForm form) {
+  if (c10::elementSize(c.dtype) != 2) return "";
+  if (form == GroupedForm::kGrouped && !c.knows_rows)
+    return "the product of all has a bf16 result, and only the device knows the rows of each";
+  if (c.adds_wide) return "";
+  if (c.path == Path::kReference) return "CAPSTAN_OPS is reference";
+  return "products have a 16-bit result on CPUs, but with AMX and in bf16";
+}
+
+}  // namespace
+
+GroupedCase grouped_case(c10::Device device, at::ScalarType dtype, int64_t experts) {
+  const device::Accelerator* const accelerator = device::accelerator();
+  const bool on_cpu = device.is_cpu() || !accelerator;
+  return {.path = path(),
+          .on_cpu = on_cpu,
+          .has_order = !on_cpu && device_kernels() != nullptr && on_device::takes_order(0, experts),
+          .has_products = !on_cpu && accelerator->has_grouped_products(dtype),
+          .dtype = dtype,
+          .adds_wide = adds_wide(device, dtype)};
+}
+
+GroupedChoice choose_grouped(const GroupedCase& c) {
+  GroupedChoice choice = choose_form(c);
+  choice.rounding = rounding_of(c, choice.form);
+  return choice;
 }
 
 }  // namespace capstan::ops

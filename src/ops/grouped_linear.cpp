@@ -63,12 +63,24 @@ Tensor forward(const Tensor& x_RD, const Projections& projections, const RowGrou
   return y_RO;
 }
 
+void add_in_turn(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
+                 const std::vector<int64_t>& counts) {
+  for_each_group(projections, counts, [&](const Projection& p, int64_t first, int64_t count) {
+    if (p.trainable())
+      linear_weight_gradient(p, grad_RO.narrow(0, first, count), x_RD.narrow(0, first, count),
+                             false);
+  });
+}
+
 // x undefined: no weight is trainable.
 Tensor backward_in_one(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
-                       const Tensor& ends, bool wants_input_gradient) {
-  if (x_RD.defined()) grouped_product::add_weight_gradients(grad_RO, x_RD, projections, ends);
+                       const RowGroups& groups, bool wants_input_gradient) {
+  if (x_RD.defined() && !groups.counts.empty())
+    add_in_turn(grad_RO, x_RD, projections, groups.counts);
+  else if (x_RD.defined())
+    grouped_product::add_weight_gradients(grad_RO, x_RD, projections, groups.ends);
   if (!wants_input_gradient) return {};
-  return grouped_product::input_gradient(grad_RO, projections, ends);
+  return grouped_product::input_gradient(grad_RO, projections, groups.ends);
 }
 
 Tensor backward_in_turn(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
@@ -127,7 +139,7 @@ Tensor grouped_linear(const Tensor& x_RD, std::span<const Projection> list,
     at::NoGradGuard no_grad;
     const Tensor grad_RO = grads[0].contiguous();
     if (groups.ends.defined())
-      return {backward_in_one(grad_RO, saved[0], projections, groups.ends, wants_input_gradient)};
+      return {backward_in_one(grad_RO, saved[0], projections, groups, wants_input_gradient)};
     return {backward_in_turn(grad_RO, saved[0], projections, groups.counts, wants_input_gradient)};
   };
   return record(y_RO, std::move(node));

@@ -8,7 +8,6 @@
 
 #include "capstan/base/check.h"
 #include "capstan/ops/gemm.h"
-#include "capstan/ops/path.h"
 #include "ops/gemm_internal.h"
 #include "ops/linear_internal.h"
 
@@ -23,10 +22,10 @@ bool have_same_type(const Tensor& a, const Tensor& b) { return a.scalar_type() =
 
 // GPUs and tiles of CPUs multiply 16-bit factors and add fp32 products to the buffer in one GEMM.
 bool multiplies_wide(const Product& product) {
-  const auto type = product.a_MK.scalar_type();
-  if (product.a_MK.is_cpu()) return is_for_tiles(product);
-  return path() == Path::kFused && product.out_MN.scalar_type() == at::kFloat &&
-         (type == at::kBFloat16 || type == at::kHalf);
+  const Tensor& factor = product.a_MK;
+  if (factor.is_cpu()) return is_for_tiles(product);
+  return product.out_MN.scalar_type() == at::kFloat &&
+         adds_wide(factor.device(), factor.scalar_type());
 }
 
 }  // namespace
@@ -81,6 +80,7 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight_OD) {
 
 void add_outer_product(param::GradSlot& slot, const Tensor& grad_NO, const Tensor& x_in,
                        Tensor* sums_O) {
+  if (grad_NO.size(0) == 0 && !slot.overwrite && !sums_O) return;  // adds nothing
   at::NoGradGuard no_grad;
   const Tensor x_ND = x_in.to(grad_NO.scalar_type());
   Product product{

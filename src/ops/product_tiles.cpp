@@ -54,12 +54,17 @@ cpu::ProductArgs arguments(const Product& p) {
 
 }  // namespace
 
+bool adds_wide(c10::Device device, at::ScalarType type) {
+  if (path() != Path::kFused) return false;
+  if (device.is_cpu()) return type == at::kBFloat16 && cpu::product_kernels();
+  return type == at::kBFloat16 || type == at::kHalf;
+}
+
 bool is_for_tiles(const Product& p) {
   const Tensor &a = p.a_MK, &b = p.b_KN, &out = p.out_MN;
-  return out.is_cpu() && path() == Path::kFused && cpu::product_kernels() &&
-         a.scalar_type() == at::kBFloat16 && b.scalar_type() == at::kBFloat16 &&
-         out.scalar_type() == at::kFloat && a.numel() > 0 && b.numel() > 0 && out.stride(1) == 1 &&
-         has_adjacent_lines(a) && has_adjacent_lines(b);
+  return out.is_cpu() && adds_wide(out.device(), a.scalar_type()) &&
+         b.scalar_type() == a.scalar_type() && out.scalar_type() == at::kFloat && a.numel() > 0 &&
+         b.numel() > 0 && out.stride(1) == 1 && has_adjacent_lines(a) && has_adjacent_lines(b);
 }
 
 void multiply_on_tiles(const Product& p) {

@@ -55,7 +55,8 @@ ActivationQuery activation_query(const Plan& plan) {
   query.all_to_all = plan.resolved.parallel.context.method == "all_to_all";
   query.remade = remade_parts(plan.resolved.parallel.recompute);
   query.overlap = plan.resolved.parallel.sequence_overlap;
-  if (plan.resolved.run.device == "cuda" && !grouped_obstacle(plan.resolved))
+  const bool knows_rows = grid.ep > 1;
+  if (plan.resolved.run.device == "cuda" && !grouped_obstacle(plan.resolved) && !knows_rows)
     query.grouped_experts = plan.model().shape.experts.count / grid.ep;
   query.exchanged_rows = exchanged_rows(plan.resolved, plan.model().shape, plan.batch,
                                         (query.tokens + grid.tp - 1) / grid.tp);

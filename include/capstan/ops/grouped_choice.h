@@ -26,15 +26,20 @@ struct GroupedCase {
   bool same_type = true;                         // the weights have it too
   int64_t groups = 0;                            // experts held here
   int64_t hidden = 0, features = 0;              // of each
+  bool adds_wide = false;   // a product of factors in dtype adds to an fp32 matrix
+  bool knows_rows = false;  // the host, of each expert, also where one product takes all
 };
-// What the process knows of it: all but same_type, groups, hidden and features. experts: of the
-// layer, on all ranks.
+// What the process knows of it: all but same_type, groups, hidden, features and knows_rows.
+// experts: of the layer, on all ranks.
 [[nodiscard]] GroupedCase grouped_case(c10::Device device, at::ScalarType dtype, int64_t experts);
 
 struct GroupedChoice {
   GroupedForm form = GroupedForm::kLoop;
   // Why a device takes the loop, and what would change that; else empty.
   std::string reason, fix;
+  // Why weight gradients are rounded to 16 bits once per micro-batch before they are added; empty
+  // where a product for each expert adds to the buffer as it is.
+  std::string rounding;
 };
 [[nodiscard]] GroupedChoice choose_grouped(const GroupedCase& c);
 

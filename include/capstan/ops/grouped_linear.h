@@ -16,6 +16,7 @@ struct RowGroups {
   std::vector<int64_t> counts;  // [G], their sum is R; empty where only the device knows them
   // int32 [G] on the rows' device: the row behind each run. Where it is defined one product takes
   // all groups (choose_grouped() has to allow it) and nothing waits; else there is one for each.
+  // Gradients of weights are a product for each wherever there are counts.
   Tensor ends;
 };
 // The ends of counts that the host knows, queued to the device.
@@ -25,8 +26,8 @@ struct RowGroups {
 
 // x [R, D] -> [R, O]. No biases. Every weight gets its gradient in every backward, also from no
 // rows, so that ranks agree on the passes. Rows behind the last end are not read, and hold anything
-// in the result and in the gradient of x. One product for all rounds the gradient of a weight to
-// the type of x before it is added to the buffer.
+// in the result and in the gradient of x. Without counts the gradient of a weight is rounded to the
+// type of x before it is added to the buffer; with them it is that of a linear layer.
 [[nodiscard]] Tensor grouped_linear(const Tensor& x_RD, std::span<const Projection> projections,
                                     const RowGroups& groups);
 

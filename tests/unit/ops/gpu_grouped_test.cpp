@@ -157,5 +157,61 @@ TEST(GpuGrouped, OneProductIsAProductForEachGroup) {
           }
 }
 
+// The fp64 sum of products of the same factors, and the sum of their magnitudes.
+struct Exact {
+  Tensor sum, magnitude;
+};
+Exact exact_of(const Tensors& grads, const Tensors& xs, const std::vector<int64_t>& counts) {
+  Tensors sums, magnitudes;
+  int64_t first = 0;
+  for (const int64_t count : counts) {
+    const auto sum = [&](bool absolute) {
+      Tensor all = at::zeros({grads[0].size(1), xs[0].size(1)}, at::kDouble);
+      for (size_t i = 0; i < xs.size(); ++i) {
+        const Tensor g = grads[i].narrow(0, first, count).to(at::kDouble);
+        const Tensor x = xs[i].narrow(0, first, count).to(at::kDouble);
+        all += absolute ? at::mm(g.abs().t(), x.abs()) : at::mm(g.t(), x);
+      }
+      return all;
+    };
+    sums.push_back(sum(false));
+    magnitudes.push_back(sum(true));
+    first += count;
+  }
+  return {at::stack(sums), at::stack(magnitudes)};
+}
+
+// The largest error of weight gradients over some micro-batches, beside the sum of magnitudes.
+double gradient_error(const std::vector<int64_t>& counts, const RowGroups& groups) {
+  DeviceStore store({static_cast<int64_t>(counts.size()), 24, 16}, at::kBFloat16,
+                    device::run_device());
+  const auto list = store.projections(0);
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  Tensors grads, xs;
+  for (uint64_t i = 0; i < 5; ++i) {
+    xs.push_back(normal({rows, 16}, 10 + i, at::kBFloat16));
+    grads.push_back(normal({rows, 24}, 20 + i, at::kBFloat16));
+    const Tensor x = leaf(xs.back().to(device::run_device()));
+    run_backward(grouped_linear(x, list, groups), grads.back().to(device::run_device()));
+  }
+  Tensors got;
+  for (const Projection& p : list)
+    got.push_back(store.gradient(p.parts.front().index()).to(at::kDouble).cpu());
+  const Exact exact = exact_of(grads, xs, counts);
+  return ((at::stack(got) - exact.sum).abs() / (exact.magnitude + 1e-30)).max().item<double>();
+}
+
+TEST(GpuGrouped, WeightGradientsOfRowsThatTheHostKnowsAreSummedInFp32) {
+  if (!device::accelerator()->has_grouped_products(at::kBFloat16))
+    GTEST_SKIP() << "no grouped products on this device";
+  const std::vector<int64_t> counts{40, 0, 131, 8};
+  RowGroups groups = with_ends(counts, device::run_device());
+  EXPECT_LT(gradient_error(counts, groups), 1e-6);
+  const RowGroups equal = equal_groups(4, 64, device::run_device());
+  EXPECT_LT(gradient_error({64, 64, 64, 64}, equal), 1e-6);
+  groups.counts.clear();  // one product, whose result is bf16
+  EXPECT_GT(gradient_error(counts, groups), 1e-5);
+}
+
 }  // namespace
 }  // namespace capstan::ops

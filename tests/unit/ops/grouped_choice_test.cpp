@@ -16,7 +16,8 @@ const GroupedCase kOnGpu{.on_cpu = false,
                          .dtype = at::kBFloat16,
                          .groups = 8,
                          .hidden = 64,
-                         .features = 24};
+                         .features = 24,
+                         .adds_wide = true};
 
 GroupedChoice choose(void (*change)(GroupedCase&)) {
   GroupedCase c = kOnGpu;
@@ -50,9 +51,31 @@ TEST(GroupedChoice, TheLoopSaysWhyAndWhatToChange) {
   expect([](auto& c) { c.has_products = false; }, "compute capability 9.0", "");
   expect([](auto& c) { c.same_type = false; }, "another type", "precision.keep_fp32");
   expect([](auto& c) { c.groups = 1024; }, "1024 experts", "parallel.expert");
-  expect([](auto& c) { c.hidden = 68; }, "rows of 68 numbers, a grouped product takes multiples of 8",
-         "model.hidden_size");
+  expect([](auto& c) { c.hidden = 68; },
+         "rows of 68 numbers, a grouped product takes multiples of 8", "model.hidden_size");
   expect([](auto& c) { c.features = 20; }, "experts of 20", "model.experts.intermediate_size");
+}
+
+TEST(GroupedChoice, GradientsAreRoundedWhereNoProductForEachAddsThem) {
+  const auto rounding = [](void (*change)(GroupedCase&)) { return choose(change).rounding; };
+  EXPECT_THAT(rounding([](auto&) {}), HasSubstr("only the device knows the rows"));
+  EXPECT_EQ(rounding([](auto& c) { c.knows_rows = true; }), "");
+  // A loop knows them.
+  EXPECT_EQ(rounding([](auto& c) { c.has_products = false; }), "");
+  EXPECT_EQ(rounding([](auto& c) { c.same_type = false; }), "");
+  EXPECT_THAT(rounding([](auto& c) {
+                c.path = Path::kReference;
+                c.adds_wide = false;
+              }),
+              HasSubstr("CAPSTAN_OPS"));
+  // Nothing is narrower than its buffer.
+  EXPECT_EQ(rounding([](auto& c) { c.dtype = at::kDouble; }), "");
+  const auto on_cpu = [](at::ScalarType type, bool adds_wide) {
+    return choose_grouped({.dtype = type, .adds_wide = adds_wide}).rounding;
+  };
+  EXPECT_EQ(on_cpu(at::kBFloat16, true), "");
+  EXPECT_EQ(on_cpu(at::kFloat, false), "");
+  EXPECT_THAT(on_cpu(at::kHalf, false), HasSubstr("but with AMX"));
 }
 
 TEST(GroupedChoice, CpusTakeTheLoopAsAMatterOfCourse) {

@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include "capstan/device/isa.h"
+#include "capstan/ops/grouped_choice.h"
+#include "capstan/ops/grouped_linear.h"
 #include "capstan/ops/linear.h"
 #include "capstan/ops/path.h"
 #include "ops/gemm_internal.h"
@@ -107,6 +109,29 @@ TEST_F(ProductTiles, SumWeightGradientsInFp32) {
   add_outer_product(slot, grad, x);
   add_outer_product(slot, grad, x);
   EXPECT_GT((slot.buffer.to(at::kDouble) - exact).abs().max().item<double>(), 1e-2);
+}
+
+// Of three experts, the second one without rows.
+TEST_F(ProductTiles, SumWeightGradientsOfExpertsInFp32) {
+  const std::vector<int64_t> counts{90, 0, 37};
+  std::vector<plan::ParamSpec> table;
+  for (const char* name : {"a", "b", "c"}) table.push_back(param_spec(name, {48, 80}));
+  testing::PlainStore store(table, {.values = at::kBFloat16, .gradients = at::kFloat});
+  std::vector<Projection> list;
+  for (const char* name : {"a", "b", "c"}) list.push_back({{store.find(name)}, {}});
+  const Tensor x = normal({127, 80}, 1, at::kBFloat16), grad = normal({127, 48}, 2, at::kBFloat16);
+  for (int pass = 0; pass < 3; ++pass)
+    run_backward(grouped_linear(leaf(x), list, {counts, {}}), grad);
+  const auto expect = [&](const char* name, int64_t first, int64_t count) {
+    const Tensor exact = 3 * at::mm(grad.narrow(0, first, count).to(at::kDouble).t(),
+                                    x.narrow(0, first, count).to(at::kDouble));
+    const Tensor got = store.gradient_of(name).to(at::kDouble);
+    EXPECT_LT((got - exact).abs().max().item<double>(), 1e-4) << name;
+  };
+  expect("a", 0, 90);
+  expect("b", 90, 0);
+  expect("c", 90, 37);
+  EXPECT_TRUE(choose_grouped(grouped_case(at::kCPU, at::kBFloat16, 3)).rounding.empty());
 }
 
 }  // namespace

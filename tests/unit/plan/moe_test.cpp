@@ -441,6 +441,20 @@ TEST(MoePlan, OneProductForAllExpertsIsCounted) {
   EXPECT_GT(workspace(gpu()), workspace(testing::machine(1)));
 }
 
+// Where ranks exchange rows the host knows how many each expert gets: one gradient after the other.
+TEST(MoePlan, ExpertsThatTravelNeedNoProductOfAll) {
+  Topology gpus = testing::machine(2);
+  gpus.device = "cuda";
+  const auto workspace = [&](int ep) {
+    return testing::plan_of(
+               resolved_moe({"precision.compute=bf16", "model.experts.count=64",
+                             "parallel.zero.stage=1", "parallel.expert=" + std::to_string(ep)}),
+               gpus)
+        .memory.workspace;
+  };
+  EXPECT_GT(workspace(1), 2 * workspace(2));
+}
+
 TEST(MoePlan, TooManyParametersAreRefused) {
   try {
     (void)testing::plan_of(resolved_moe({"model.experts.count=4096", "model.hidden_size=1048576",
