@@ -8,6 +8,7 @@
 #include <map>
 
 #include "capstan/base/bytes.h"
+#include "plan/attention_scratch_internal.h"
 #include "plan/llama_internal.h"
 #include "plan/saturate_internal.h"
 
@@ -38,7 +39,7 @@ struct TermTable {
 
   void add(Part part, const std::string& name, int64_t elements, DType dtype) {
     const int64_t bytes = saturating_multiply(elements, static_cast<int64_t>(size_of(dtype)));
-    if (bytes > 0) terms.push_back({part, phase, name, allocation_bytes(bytes)});
+    if (bytes > 0) terms.push_back({part, phase, name, allocation_bytes(bytes, query.on_gpu)});
   }
   // A saved tensor; where it is made again, it is there in some phases of the backward only.
   void save(bool remade, int first_phase, int last_phase, const std::string& name, int64_t elements,
@@ -140,11 +141,10 @@ void add_column_gradient(TermTable& t, const Widths& w, const ActivationQuery& q
   if (q.samples > 1) t.per_token(kPart, "input gradient by ranks", w.hidden, q.compute);
 }
 
-// The backward of a layer begins with the feed-forward part. Weight gradients of another type than
-// the buffer's are made apart, then added.
+// The backward of a layer begins with the feed-forward part.
 void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQuery& q) {
   constexpr Part kPart = Part::kLayerWorkspace;
-  const bool adds_apart = q.compute != q.gradients;
+  const bool adds_apart = makes_gradients_apart(q);
   const auto begin = [&](int phase, bool needs_output_gradient) {
     t.phase = phase;
     t.per_kept(kPart, "gradient of the residual", w.hidden, q.residual);
@@ -170,34 +170,65 @@ void add_feed_forward_workspace(TermTable& t, const Widths& w, const ActivationQ
   t.phase = 0;
 }
 
+// The call of a rank: by all-to-all of its heads over whole rows, in a ring of the largest pair of
+// chunks. A row's chunks are two for each rank; pairs are joined where every query sees every key.
+std::vector<AttentionCall> attention_calls(const Widths& w, const ActivationQuery& q) {
+  const int64_t key_heads = w.head_size > 0 ? w.key_value / w.head_size : 0;
+  AttentionCall call{q.samples, q.sequence_length, q.sequence_length, w.heads,
+                     key_heads, w.head_size,       q.documents};
+  if (q.context == 1) return {call};
+  if (q.all_to_all) {
+    call.queries = call.keys = q.sequence_length * q.context;
+    call.heads = (w.heads + q.context - 1) / q.context;
+    call.key_heads = std::max<int64_t>(1, key_heads / q.context);
+    return {call};
+  }
+  const int64_t chunk = q.sequence_length / 2;
+  call.queries = call.keys = chunk;
+  call.in_parts = q.samples > 1;
+  std::vector<AttentionCall> calls{call};
+  if (q.documents > 0 || q.plain_parts) return calls;
+  call.keys = q.sequence_length;
+  calls.push_back(call);
+  call.queries = q.sequence_length;
+  call.keys = chunk;
+  call.in_parts = false;
+  calls.push_back(call);
+  return calls;
+}
+
 // What travels round the context ring in a backward hop: keys and values (own, here, arriving) and
-// their gradients (here, leaving, arriving), those of the queries, and one block's.
+// their gradients (here, leaving, arriving), and those of the queries.
 void add_ring_buffers(TermTable& t, const Widths& w, const ActivationQuery& q) {
   constexpr Part kPart = Part::kLayerWorkspace;
   const DType wide = statistics_dtype(q.compute);
   t.per_token(kPart, "ring, keys and values", 3 * 2 * w.key_value, q.compute);
   t.per_token(kPart, "ring, gradients of keys and values", 3 * 2 * w.key_value, wide);
   t.per_token(kPart, "ring, gradient of the queries", w.query, wide);
-  t.per_token(kPart, "ring, gradients of one block", w.query + 2 * w.key_value, q.compute);
 }
 
-// What kernels of variable lengths take for each sequence, be it empty. FlashAttention sums
-// gradients of queries, and their products with the output, in fp32, with room for 128 queries more
-// in each. The kernel for fp32 has a row of log-sum-exp for each, as long as the longest.
-void add_document_scratch(TermTable& t, const Widths& w, const ActivationQuery& q) {
-  if (q.documents == 0) return;
-  const bool is_ring = q.context > 1 && !q.all_to_all, by_heads = q.context > 1 && q.all_to_all;
-  const int64_t heads = by_heads ? (w.heads + q.context - 1) / q.context : w.heads;
-  int64_t each = 0;
-  if (q.compute == DType::kFp32) {
-    const int64_t row = by_heads ? q.sequence_length * q.context : q.sequence_length;
-    each = round_up(is_ring ? row / 2 : row, 32);
-  } else {
-    const int64_t head = w.head_size > 192 ? 256 : round_up(w.head_size, 32);
-    each = 128 * (head + 1);
+// Gradients of the call that needs most, and what its kernel takes to make them.
+void add_attention_scratch(TermTable& t, const Widths& w, const ActivationQuery& q) {
+  std::vector<ScratchTensor> most;
+  const auto consider = [&](const ActivationQuery& query, const AttentionCall& call) {
+    std::vector<ScratchTensor> scratch = attention_scratch(query, call);
+    if (q.context > 1 && !q.all_to_all)
+      scratch.push_back(
+          {"ring, gradients of one block",
+           saturating_multiply(call.samples * call.head_size,
+                               call.queries * call.heads + 2 * call.keys * call.key_heads),
+           q.compute});
+    if (most.empty() || scratch_bytes(q, scratch) > scratch_bytes(q, most))
+      most = std::move(scratch);
+  };
+  ActivationQuery plain = q;
+  plain.attention = AttentionKernel::kPlain;
+  for (const AttentionCall& call : attention_calls(w, q)) {
+    consider(q, call);
+    if (q.plain_parts) consider(plain, call);
   }
-  t.add(Part::kLayerWorkspace, "attention, scratch of documents",
-        saturating_multiply(q.documents, saturating_multiply(heads, each)), DType::kFp32);
+  for (const ScratchTensor& tensor : most)
+    t.add(Part::kLayerWorkspace, tensor.name, tensor.elements, tensor.dtype);
 }
 
 // The attention half, when the feed-forward half is free again.
@@ -215,7 +246,7 @@ void add_attention_workspace(TermTable& t, const Widths& w, const ActivationQuer
   const int64_t width = w.query + 2 * w.key_value, attended = attended_width(w, q);
   begin(kAttention);  // attention
   t.per_token(kPart, "gradient of the attention output", w.query, q.compute);
-  add_document_scratch(t, w, q);
+  add_attention_scratch(t, w, q);
   if (q.context > 1 && !q.all_to_all)
     add_ring_buffers(t, w, q);
   else
@@ -246,6 +277,21 @@ void add_waiting(TermTable& t, const Widths& w, const ActivationQuery& q) {
   t.phase = 0;
 }
 
+// While labels are drawn, before the logits become their gradient: scores and sums of a few rows.
+void add_labels(TermTable& t, const Widths& w, const ActivationQuery& q, int64_t chunk) {
+  t.phase = 1;
+  t.per_kept(Part::kHeadWorkspace, "last norm, output", w.hidden, q.compute);
+  if (t.cuts_sequence())
+    t.per_token(Part::kHeadWorkspace, "last norm, gathered", w.hidden, q.compute);
+  t.add(Part::kHeadWorkspace, "logits of one chunk", saturating_multiply(chunk, w.vocab),
+        q.compute);
+  const int64_t scores = saturating_multiply(label_tokens(w.vocab, chunk), w.vocab);
+  for (const char* name : {"labels, scores", "labels, probabilities added up"})
+    t.add(Part::kHeadWorkspace, name, scores, DType::kFp64);
+  t.add(Part::kHeadWorkspace, "labels, what lies below", scores, DType::kUint8);
+  t.phase = 0;
+}
+
 void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
   const DType statistics = statistics_dtype(q.compute);
   const int64_t chunk = head_chunk_tokens(w.vocab, q.tokens);
@@ -260,8 +306,9 @@ void add_head(TermTable& t, const Widths& w, const ActivationQuery& q) {
     t.per_token(Part::kHeadWorkspace, "last norm, gathered", w.hidden, q.compute);
     t.per_token(Part::kHeadWorkspace, "gradient of all tokens", w.hidden, q.compute);
   }
-  if (q.compute != q.gradients)
+  if (makes_gradients_apart(q))
     t.add(Part::kHeadWorkspace, "weight gradient before adding", w.vocab * w.hidden, q.compute);
+  if (q.draws_labels) add_labels(t, w, q, chunk);
 }
 
 int64_t sum_of(const std::vector<ActivationTerm>& terms, Part part) {
@@ -282,8 +329,9 @@ int64_t largest_phase(const std::vector<ActivationTerm>& terms, ActivationTerm::
   return largest;
 }
 
-int64_t allocation_bytes(int64_t bytes) {
+int64_t allocation_bytes(int64_t bytes, bool on_gpu) {
   if (bytes <= 0) return 0;
+  if (on_gpu) return (bytes + 511) / 512 * 512;
   if (bytes <= 512) return (bytes + 63) / 64 * 64;
   const int exponent = static_cast<int>(std::bit_width(static_cast<uint64_t>(bytes))) - 1;
   const int64_t step = int64_t{1} << (exponent - 3);

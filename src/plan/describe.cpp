@@ -145,7 +145,7 @@ std::string describe_memory(const Plan& plan) {
   std::string text = row(
       "memory", on_gpu ? fmt::format("{} predicted on the GPU of rank 0, {} of tensors at the peak",
                                      format_bytes(m.needed()), format_bytes(m.peak()))
-                       : fmt::format("{} predicted peak of rank 0", format_bytes(m.peak())));
+                       : fmt::format("{} predicted peak of rank 0", format_bytes(m.run_peak())));
   const auto add = [&](const char* name, int64_t bytes, const char* what) {
     text += row("", fmt::format("{:<14}{:>12}  {}", name, format_bytes(bytes), what));
   };
@@ -169,9 +169,11 @@ std::string describe_memory(const Plan& plan) {
     add("host memory", m.host_taken,
         m.host > 0 ? "taken for them: pinned in slabs of powers of two, moments, a save's copy"
                    : "for the copy of an asynchronous checkpoint");
-  if (m.checkpoint_snapshot > 0)
-    text += row("", fmt::format("while saving, {} more for the copy of an asynchronous checkpoint",
-                                format_bytes(m.checkpoint_snapshot)));
+  if (m.saving > 0)
+    text += row(
+        "", fmt::format("{} in a step, {} while {} are copied for a save{}", format_bytes(m.peak()),
+                        format_bytes(m.saving), format_bytes(m.checkpoint_snapshot),
+                        m.saving < m.peak() + m.checkpoint_snapshot ? " at the end" : ""));
   text += row("checkpoint", fmt::format("{} on disk each", format_bytes(plan.checkpoint_bytes)));
   return text;
 }

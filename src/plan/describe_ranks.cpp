@@ -33,11 +33,11 @@ std::string states_table(const std::vector<RankReport>& reports) {
                                  "gradients", "optimizer", "passes");
   for (const RankReport& r : reports) {
     const MemoryReport& m = r.memory;
-    text +=
-        fmt::format("  {:>6} {:>14} {:>17} {:>9.3g} {:>10} {:>10} {:>10} {:>10} {:>10}\n", r.rank,
-                    runs_of(r.blocks), format_count(r.parameters), r.flops, format_bytes(m.peak()),
-                    format_bytes(m.parameters + m.master), format_bytes(m.gradients),
-                    format_bytes(m.optimizer), format_bytes(m.activations + m.workspace));
+    text += fmt::format("  {:>6} {:>14} {:>17} {:>9.3g} {:>10} {:>10} {:>10} {:>10} {:>10}\n",
+                        r.rank, runs_of(r.blocks), format_count(r.parameters), r.flops,
+                        format_bytes(m.run_peak()), format_bytes(m.parameters + m.master),
+                        format_bytes(m.gradients), format_bytes(m.optimizer),
+                        format_bytes(m.activations + m.workspace));
   }
   return text;
 }

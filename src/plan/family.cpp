@@ -102,4 +102,10 @@ int64_t head_chunk_tokens(int64_t vocab_size, int64_t tokens) {
   return std::max<int64_t>(1, std::min(chunk, tokens));
 }
 
+int64_t label_tokens(int64_t vocab_size, int64_t tokens) {
+  constexpr int64_t kScores = 1 << 20;
+  const int64_t rows = std::max<int64_t>(1, kScores / std::max<int64_t>(vocab_size, 1));
+  return std::max<int64_t>(1, std::min(rows, tokens));
+}
+
 }  // namespace capstan::plan

@@ -158,7 +158,8 @@ int64_t fp8_kept_bytes(const Plan& plan, const RankLayout& layout) {
       joined[{spec.block, spec.fuse_group >= 0 ? spec.fuse_group : alone--}] += param.numel();
     }
   int64_t bytes = 0;
-  for (const auto& [group, elements] : joined) bytes += 2 * allocation_bytes(elements);
+  for (const auto& [group, elements] : joined)
+    bytes += 2 * allocation_bytes(elements, is_on_gpu(plan));
   return bytes;
 }
 

@@ -14,6 +14,12 @@ enum LayerPhase { kDownWeight, kDownInput, kActivation, kGateUp, kAttention, kQk
 [[nodiscard]] int64_t largest_phase(const std::vector<ActivationTerm>& terms,
                                     ActivationTerm::Part part, ActivationTerm::Part besides);
 
+// Whether a weight gradient of another type than its buffer is made apart, then added: products of
+// GPUs add to the wider buffer.
+[[nodiscard]] inline bool makes_gradients_apart(const ActivationQuery& query) {
+  return query.compute != query.gradients && !query.on_gpu;
+}
+
 [[nodiscard]] FamilyDef llama_family();
 // How the layers of decoders built like llama's differ in what they keep.
 struct DecoderForm {

@@ -11,6 +11,7 @@
 #include "capstan/plan/fp8.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
+#include "plan/attention_scratch_internal.h"
 #include "plan/memory_internal.h"
 #include "plan/moe_internal.h"
 #include "plan/resolve_internal.h"
@@ -32,10 +33,11 @@ ModelShape local_shape(const Plan& plan) {
   return shape;
 }
 
-// Of kernels of variable lengths, which fp64 and CPUs do not take.
+// Of kernels of variable lengths.
 bool has_lengths(const Plan& plan) {
-  return plan.resolved.run.device == "cuda" && plan.resolved.data.documents == "separate" &&
-         plan.precision.compute != DType::kFp64;
+  const AttentionKernel kernel = attention_kernel(plan);
+  return plan.resolved.data.documents == "separate" &&
+         (kernel == AttentionKernel::kFlash || kernel == AttentionKernel::kEfficient);
 }
 
 ActivationQuery activation_query(const Plan& plan) {
@@ -47,6 +49,12 @@ ActivationQuery activation_query(const Plan& plan) {
   query.compute = plan.precision.compute;
   query.residual = plan.precision.residual;
   query.gradients = plan.precision.gradients;
+  query.on_gpu = is_on_gpu(plan);
+  query.attention = attention_kernel(plan);
+  query.plain_parts = has_plain_parts(plan);
+  query.draws_labels = plan.resolved.optimizer.name == "sophia";
+  if (query.on_gpu && plan.resolved.run.deterministic)
+    query.ordered_multiprocessors = plan.topology.multiprocessors;
   if (has_lengths(plan))
     query.documents = assumed_documents(query.samples, plan.batch.sequence_length);
   query.kept_tokens = plan.resolved.parallel.sequence ? query.tokens / grid.tp : query.tokens;
@@ -56,32 +64,38 @@ ActivationQuery activation_query(const Plan& plan) {
   query.remade = remade_parts(plan.resolved.parallel.recompute);
   query.overlap = plan.resolved.parallel.sequence_overlap;
   const bool knows_rows = grid.ep > 1;
-  if (plan.resolved.run.device == "cuda" && !grouped_obstacle(plan.resolved) && !knows_rows)
+  if (query.on_gpu && !grouped_obstacle(plan.resolved) && !knows_rows)
     query.grouped_experts = plan.model().shape.experts.count / grid.ep;
   query.exchanged_rows = exchanged_rows(plan.resolved, plan.model().shape, plan.batch,
                                         (query.tokens + grid.tp - 1) / grid.tp);
   return query;
 }
 
-// Token ids, targets and positions of all micro-batches of a step, first keys of documents, this
-// rank's part of them where rows are cut, and the table of rotary angles of a row.
-int64_t data_bytes(const Plan& plan) {
+// The table of rotary angles of a row.
+int64_t rotary_bytes(const Plan& plan) {
+  const ModelShape& shape = plan.model().shape;
+  if (shape.family == "gpt2") return 0;  // its positions are parameters
+  const DType angles = plan.precision.compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
+  return 2 *
+         stored_bytes(plan.batch.sequence_length * (shape.head_dim / 2), angles, is_on_gpu(plan));
+}
+
+// Token ids, targets and positions of all micro-batches of a step, first keys of documents, and
+// this rank's part of them where rows are cut.
+int64_t batch_bytes(const Plan& plan) {
   const BatchPlan& batch = plan.batch;
   const int cp = plan.grid.sizes().cp;
-  const bool separate = plan.resolved.data.documents == "separate";
+  const bool separate = plan.resolved.data.documents == "separate", on_gpu = is_on_gpu(plan);
   const auto rows = [&](int64_t tokens) {
     const int64_t all = saturating_multiply(batch.micro_samples, tokens);
-    return 3 * stored_bytes(all, DType::kInt64) + (separate ? stored_bytes(all, DType::kInt32) : 0);
+    return 3 * stored_bytes(all, DType::kInt64, on_gpu) +
+           (separate ? stored_bytes(all, DType::kInt32, on_gpu) : 0);
   };
   int64_t per_batch = rows(batch.sequence_length);
   if (cp > 1)
-    per_batch +=
-        rows(batch.sequence_length / cp) + stored_bytes(batch.sequence_length / cp, DType::kInt64);
-  const int64_t all = saturating_multiply(batch.micro_batches, per_batch);
-  const ModelShape& shape = plan.model().shape;
-  if (shape.family == "gpt2") return all;  // its positions are parameters
-  const DType angles = plan.precision.compute == DType::kFp64 ? DType::kFp64 : DType::kFp32;
-  return all + 2 * stored_bytes(batch.sequence_length * (shape.head_dim / 2), angles);
+    per_batch += rows(batch.sequence_length / cp) +
+                 stored_bytes(batch.sequence_length / cp, DType::kInt64, on_gpu);
+  return saturating_multiply(batch.micro_batches, per_batch);
 }
 
 // Of master weights and states of the optimizer.
@@ -90,6 +104,21 @@ int64_t saved_bytes(const Plan& plan, int64_t elements, bool trainable, UpdateKi
   const int64_t weights = elements * static_cast<int64_t>(size_of(master));
   if (!trainable) return weights;
   return weights + state_bytes(optimizer_states(plan.resolved.optimizer, master, update), elements);
+}
+
+// Copies are shared out: each data-parallel rank saves its part of the weights and moments.
+int64_t snapshot_bytes(const Plan& plan, const RankLayout& layout) {
+  if (!plan.resolved.checkpoint.asynchronous) return 0;
+  int64_t bytes = 0;
+  for (const FlatBuffer& buffer : layout.buffers)
+    bytes += saved_bytes(plan, buffer.numel, buffer.trainable, buffer.update);
+  return bytes / plan.grid.size_of(kDenseAxes);
+}
+
+// The save at the end waits for its copy; those before are on their way in the next steps.
+bool saves_beside_steps(const Plan& plan) {
+  const auto& interval = plan.resolved.checkpoint.interval_steps;
+  return interval && *interval < plan.batch.total_steps;
 }
 
 // Ranks of one pipeline rank differ by less than their padding.
@@ -104,6 +133,8 @@ std::string list_categories(const MemoryReport& m) {
       format_bytes(m.parameters), format_bytes(m.master), format_bytes(m.gradients),
       format_bytes(m.optimizer), format_bytes(m.activations), format_bytes(m.workspace),
       format_bytes(m.communication), format_bytes(m.data));
+  if (m.saving > m.peak())
+    text += ", copy of an asynchronous checkpoint " + format_bytes(m.checkpoint_snapshot);
   if (m.device > 0) text += ", device " + format_bytes(m.device);
   if (m.host > 0) text += fmt::format(", of which {} on the host", format_bytes(m.host));
   return text;
@@ -131,24 +162,29 @@ MemoryReport report_memory(const Plan& plan, int rank) {
   memory.rank = rank;
   add_storage(memory, plan, layout);
   memory.parameters += fp8_kept_bytes(plan, layout);
+  const int64_t between_steps = memory.peak() + rotary_bytes(plan);
   const StepMoment peak = find_peak(plan, layout, plan.grid.coord(rank).pp);
   memory.parameters += peak.values;
   memory.gradients += peak.gradients;
   memory.activations = peak.activations + peak.host;
   memory.workspace = peak.workspace;
   memory.communication = peak.communication;
-  memory.data = data_bytes(plan);
+  memory.data = batch_bytes(plan) + rotary_bytes(plan);
   memory.device = device_bytes(plan, memory);
   memory.host = host_bytes(plan, layout) + peak.host;
-  if (plan.resolved.checkpoint.asynchronous) {
-    // Copies are shared out: each data-parallel rank saves its part of the weights and moments.
-    int64_t bytes = 0;
-    for (const FlatBuffer& buffer : layout.buffers)
-      bytes += saved_bytes(plan, buffer.numel, buffer.trainable, buffer.update);
-    memory.checkpoint_snapshot = bytes / plan.grid.size_of(kDenseAxes);
-  }
+  memory.checkpoint_snapshot = snapshot_bytes(plan, layout);
+  if (memory.checkpoint_snapshot > 0 && !is_on_gpu(plan))
+    memory.saving = (saves_beside_steps(plan) ? memory.peak() : between_steps) +
+                    allocation_bytes(memory.checkpoint_snapshot);
   memory.host_taken = host_taken_bytes(plan, layout, memory, peak.host);
   return memory;
+}
+
+int64_t largest_run_peak(const Plan& plan) {
+  int64_t largest = plan.memory.run_peak();
+  for (int stage = 1; stage < plan.grid.sizes().pp; ++stage)
+    largest = std::max(largest, report_memory(plan, representative(plan, stage)).run_peak());
+  return largest;
 }
 
 int64_t predict_checkpoint_bytes(const Plan& plan) {
@@ -231,7 +267,7 @@ void check_memory(Draft& draft, const Plan& plan) {
   const int64_t available = plan.topology.memory_bytes;
   if (available <= 0) return;
   const auto [largest, sum] = sum_over_host(plan, [](const MemoryReport& m) { return m.needed(); });
-  if (plan.resolved.run.device == "cuda") return check_gpu_memory(draft, plan, largest);
+  if (is_on_gpu(plan)) return check_gpu_memory(draft, plan, largest);
   if (sum <= available) return;
   draft.refuse({"batch.micro_samples",
                 fmt::format("{} ({}{})", each(plan, largest.needed()),

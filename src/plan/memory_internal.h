@@ -8,8 +8,10 @@
 
 namespace capstan::plan {
 
-[[nodiscard]] inline int64_t stored_bytes(int64_t elements, DType dtype) {
-  return allocation_bytes(saturating_multiply(elements, static_cast<int64_t>(size_of(dtype))));
+[[nodiscard]] inline bool is_on_gpu(const Plan& plan) { return plan.resolved.run.device == "cuda"; }
+[[nodiscard]] inline int64_t stored_bytes(int64_t elements, DType dtype, bool on_gpu = false) {
+  return allocation_bytes(saturating_multiply(elements, static_cast<int64_t>(size_of(dtype))),
+                          on_gpu);
 }
 
 // Whether values of the buffer pass through host memory on their way from the optimizer there.

@@ -26,13 +26,14 @@ DType statistics_dtype(DType compute) {
 
 struct Terms {
   std::vector<ActivationTerm>& list;
+  bool on_gpu = false;
   Part part = Part::kLayer;
   int phase = 0;
 
   void add(const char* name, int64_t rows, int64_t width, DType dtype) {
     const int64_t bytes =
         saturating_multiply(saturating_multiply(rows, width), static_cast<int64_t>(size_of(dtype)));
-    if (bytes > 0) list.push_back({part, phase, name, allocation_bytes(bytes)});
+    if (bytes > 0) list.push_back({part, phase, name, allocation_bytes(bytes, on_gpu)});
   }
   void release(const char* name, int64_t rows, int64_t width, DType dtype) {
     const size_t before = list.size();
@@ -70,7 +71,7 @@ void add_saved(Terms& t, const ModelShape& shape, const ActivationQuery& q, int6
 void add_workspace(Terms& t, const ModelShape& shape, const ActivationQuery& q, int64_t rows) {
   const int64_t hidden = shape.hidden_size, ffn = shape.experts.intermediate_size;
   const int64_t together = q.grouped_experts;
-  const bool adds_apart = q.compute != q.gradients && together == 0;
+  const bool adds_apart = makes_gradients_apart(q) && together == 0;
   const auto begin = [&](int phase) {
     t.phase = phase;
     t.add("gradient of the residual", q.tokens, hidden, q.residual);
@@ -152,7 +153,7 @@ ActivationBytes moe_activation_bytes(const ModelShape& shape, const ActivationQu
   const int64_t rows = query.exchanged_rows > 0
                            ? query.exchanged_rows
                            : saturating_multiply(routed_tokens(query), shape.experts.per_token);
-  Terms terms{bytes.terms};
+  Terms terms{bytes.terms, query.on_gpu};
   for (terms.phase = kFirstPhase; terms.phase <= kLastPhase; ++terms.phase) {
     terms.part = Part::kLayerWorkspace;
     if (query.remade.norm)

@@ -111,6 +111,8 @@ Json report_json(const MemoryReport& m) {
           {"communication", m.communication},
           {"data", m.data},
           {"peak", m.peak()},
+          {"saving", m.saving},
+          {"run_peak", m.run_peak()},
           {"checkpoint_snapshot", m.checkpoint_snapshot},
           {"device", m.device},
           {"host", m.host},

@@ -35,7 +35,7 @@ class StepWalk {
         zero_(plan.resolved.parallel.zero),
         again_(plan.resolved.parallel.recompute.mode == "block"),
         offloads_(plan.resolved.parallel.offload_activations),
-        travels_(offloads_ && plan.resolved.run.device == "cuda"),
+        travels_(offloads_ && is_on_gpu(plan)),
         bytes_(activation_bytes_of(plan)),
         passes_(list_passes(
             plan.schedule, pipeline_rank, layout, plan.model().shape.tie_word_embeddings,
@@ -48,12 +48,11 @@ class StepWalk {
         saturating_multiply(plan.batch.micro_samples, plan.batch.sequence_length / g.cp);
     const int64_t hidden = plan.model().shape.hidden_size;
     const int64_t kept = saturating_multiply(cuts ? tokens / g.tp : tokens, hidden);
-    boundary_ = stored_bytes(kept, plan.precision.residual);
-    layer_output_ = stored_bytes(kept, plan.precision.compute);
+    boundary_ = stored(kept, plan.precision.residual);
+    layer_output_ = stored(kept, plan.precision.compute);
     if (cuts) {
-      gathered_input_ = stored_bytes(saturating_multiply(tokens, hidden), plan.precision.compute);
-      gathered_residual_ =
-          stored_bytes(saturating_multiply(tokens, hidden), plan.precision.residual);
+      gathered_input_ = stored(saturating_multiply(tokens, hidden), plan.precision.compute);
+      gathered_residual_ = stored(saturating_multiply(tokens, hidden), plan.precision.residual);
     }
     for (const ParamSpec& spec : plan.model().table())
       if (spec.trainable) first_learning_ = std::min(first_learning_, spec.block);
@@ -69,6 +68,10 @@ class StepWalk {
   }
 
  private:
+  [[nodiscard]] int64_t stored(int64_t elements, DType dtype) const {
+    return stored_bytes(elements, dtype, is_on_gpu(plan_));
+  }
+
   struct Buffer {
     int64_t values = 0, gradients = 0;  // bytes of the whole
     int64_t shard = 0;                  // bytes of a gradient shard
@@ -81,9 +84,9 @@ class StepWalk {
     for (size_t b = 0; b < buffers_.size(); ++b) {
       const FlatBuffer& from = layout_.buffers[b];
       Buffer& buffer = buffers_[b];
-      buffer.values = stored_bytes(from.numel, value_dtype(plan_.precision, from));
-      buffer.gradients = stored_bytes(from.numel, plan_.precision.gradients);
-      buffer.shard = stored_bytes(from.shard_numel(), plan_.precision.gradients);
+      buffer.values = stored(from.numel, value_dtype(plan_.precision, from));
+      buffer.gradients = stored(from.numel, plan_.precision.gradients);
+      buffer.shard = stored(from.shard_numel(), plan_.precision.gradients);
       of_block_[static_cast<size_t>(from.block)].push_back(b);
     }
     const DType reduction = plan_.precision.reduction;
@@ -96,10 +99,11 @@ class StepWalk {
       // A bucket is summed when the last of its buffers is complete, which is the last one listed.
       Buffer& last = buffers_[static_cast<size_t>(bucket.back())];
       const int ranks = plan_.grid.size_of(stage_ > 0 ? first.shard_axes : first.sum_axes);
-      last.staging = staging_bytes(saturating_multiply(elements, element), ranks);
+      if (!is_on_gpu(plan_))
+        last.staging = staging_bytes(saturating_multiply(elements, element), ranks);
       if (ranks > 1 && reduction != plan_.precision.gradients)
-        last.rounded = stored_bytes(elements, reduction) +
-                       (stage_ > 0 ? stored_bytes(first.shard_numel(), reduction) : 0);
+        last.rounded =
+            stored(elements, reduction) + (stage_ > 0 ? stored(first.shard_numel(), reduction) : 0);
     }
     const bool tied = plan_.model().shape.tie_word_embeddings;
     if (!tied || layout_.blocks.back() != head_) return;
@@ -193,7 +197,7 @@ class StepWalk {
   void come_back(int block) {
     for (const size_t b : of_block_[static_cast<size_t>(block)]) {
       const FlatBuffer& buffer = layout_.buffers[b];
-      arriving_ += stored_bytes(buffer.shard_numel(), value_dtype(plan_.precision, buffer));
+      arriving_ += stored(buffer.shard_numel(), value_dtype(plan_.precision, buffer));
     }
   }
   // Gradients of a block are made: stages 2 and 3 collect them in memory of their own.

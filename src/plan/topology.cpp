@@ -21,6 +21,8 @@ Topology local_topology(int world_size, int local_size, const std::string& devic
   if (static_cast<int>(found.gpus.size()) >= local_size && local_size > 0 && has_cuda_plugin()) {
     topology.device = "cuda";
     topology.fast_bf16 = found.gpus.front().major >= 8;
+    if (found.gpus.front().multiprocessors > 0)
+      topology.multiprocessors = found.gpus.front().multiprocessors;
     topology.host_memory_bytes = topology.memory_bytes;
     topology.memory_bytes = found.gpus.front().memory_bytes * local_size;
   }

@@ -182,7 +182,7 @@ void Loop::start_records() {
                     .parameters = plan.model().parameters,
                     .flops_per_token = plan.flops.per_token,
                     .flops_convention = plan.flops.convention,
-                    .predicted_peak_bytes = plan.memory.peak(),
+                    .predicted_peak_bytes = plan::largest_run_peak(plan),
                     .resumed_step = in_.resumed_step});
 }
 
@@ -376,12 +376,12 @@ TrainResult Loop::run() {
 }
 
 TrainResult Loop::finish(int exit_code) {
+  // The last step and save have come since.
+  const int64_t counted = Agreement(mesh_.world(), mesh_.rank()).wait().peak_bytes;
   if (is_first()) {
-    const int64_t snapshot =
-        in_.plan.resolved.checkpoint.asynchronous ? in_.plan.memory.checkpoint_snapshot : 0;
     log::info("metrics", "{}",
-              metrics::format_memory({.predicted_peak_bytes = in_.plan.memory.peak() + snapshot,
-                                      .counted_peak_bytes = agreed_.peak_bytes,
+              metrics::format_memory({.predicted_peak_bytes = plan::largest_run_peak(in_.plan),
+                                      .counted_peak_bytes = counted,
                                       .resident_peak_bytes = resident_bytes()}));
     recorder_->end(
         {.step = step(), .exit = exit_code, .cause = exit_code == 0 ? "done" : "preempted"});

@@ -80,14 +80,16 @@ void announce(const plan::Plan& plan, const TrainOptions& options, const Path& r
             plan.batch.tokens_per_step, plan.batch.micro_batches, plan.batch.micro_samples,
             plan.batch.sequence_length, plan.batch.total_steps);
   const plan::MemoryReport& m = plan.memory;
-  log::info("plan",
-            "predicted peak per rank {}: parameters {}, gradients {}, optimizer {}, activations "
-            "{}, workspace {}{}",
-            format_bytes(m.peak()), format_bytes(m.parameters + m.master),
-            format_bytes(m.gradients), format_bytes(m.optimizer), format_bytes(m.activations),
-            format_bytes(m.workspace),
-            r.run.device == "cuda" ? fmt::format("; {} on the GPU in all", format_bytes(m.needed()))
-                                   : std::string());
+  log::info(
+      "plan",
+      "predicted peak per rank {}: parameters {}, gradients {}, optimizer {}, activations "
+      "{}, workspace {}{}",
+      format_bytes(m.run_peak()), format_bytes(m.parameters + m.master), format_bytes(m.gradients),
+      format_bytes(m.optimizer), format_bytes(m.activations), format_bytes(m.workspace),
+      r.run.device == "cuda" ? fmt::format("; {} on the GPU in all", format_bytes(m.needed()))
+      : m.saving > m.peak()
+          ? fmt::format("; {} in a step, the rest while a save is copied", format_bytes(m.peak()))
+          : std::string());
   if (r.run.device == "cpu" &&
       plan.threads_per_rank * plan.topology.local_size > plan.topology.physical_cores)
     log::warning("trainer", "{} ranks x {} threads on {} cores: they will wait for one another",

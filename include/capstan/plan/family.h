@@ -77,8 +77,13 @@ struct ForwardFlops {
 };
 
 // Bytes that an allocation of `bytes` is counted as: our allocator has eight size classes per power
-// of two.
-[[nodiscard]] int64_t allocation_bytes(int64_t bytes);
+// of two, LibTorch's of GPUs multiples of 512 bytes.
+[[nodiscard]] int64_t allocation_bytes(int64_t bytes, bool on_gpu = false);
+
+// What computes attention, as far as it decides memory: our kernels of CPUs, which write to where
+// gradients belong; LibTorch's of CPUs (fp64); FlashAttention and the memory-efficient kernel
+// (fp32) of GPUs; plain math for what they do not take.
+enum class AttentionKernel { kOwn, kLibTorch, kFlash, kEfficient, kPlain };
 
 // What the activations of a pass cost per rank. Sizes are in bytes for `tokens` local tokens, each
 // tensor rounded by allocation_bytes.
@@ -89,6 +94,12 @@ struct ActivationQuery {
   DType compute = DType::kFp32;
   DType residual = DType::kFp32;
   DType gradients = DType::kFp32;
+  bool on_gpu = false;
+  AttentionKernel attention = AttentionKernel::kOwn;
+  bool plain_parts = false;  // of a ring, which plain math computes
+  // Of a GPU whose FlashAttention adds up in one order (run.deterministic); else 0.
+  int64_t ordered_multiprocessors = 0;
+  bool draws_labels = false;  // at the head, for sophia's curvature
   // Sequences that kernels of variable lengths are counted for, of a micro-batch's whole rows: on a
   // GPU, with separate documents; else 0.
   int64_t documents = 0;
@@ -156,6 +167,8 @@ void register_family(FamilyDef family);  // replaces one of the same name
 // How many tokens have their logits at a time in the head (nn and the memory report use the same
 // number).
 [[nodiscard]] int64_t head_chunk_tokens(int64_t vocab_size, int64_t tokens);
+// Tokens of a chunk whose labels are drawn at a time, from probabilities added up in fp64.
+[[nodiscard]] int64_t label_tokens(int64_t vocab_size, int64_t tokens);
 
 // Hugging Face config.json text of a shape, and back (throws DataError listing what does not fit).
 [[nodiscard]] std::string to_hf_config(const ModelShape& shape, DType dtype);

@@ -3,6 +3,7 @@
 // The plan of a run: everything derived from recipe and topology before any rank starts. Pure and
 // torch-free.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -26,6 +27,7 @@ struct Topology {
   int64_t memory_bytes = 0;       // of this host, with cuda of its GPUs; 0 = unknown
   int64_t host_memory_bytes = 0;  // with cuda, of this host beside its GPUs; 0 = unknown
   bool fast_bf16 = false;         // AVX512-BF16, AMX or sm_80 up
+  int multiprocessors = 132;      // of a GPU; an H100's where none is known
 };
 // This machine. device: what run.device asks for; auto takes GPUs when there is one for every rank
 // and the CUDA plug-in is there.
@@ -73,6 +75,9 @@ struct MemoryReport {
   int64_t communication = 0;
   int64_t data = 0;                 // ids, targets, positions, RoPE table
   int64_t checkpoint_snapshot = 0;  // host copy of an asynchronous save; not in the step's peak
+  // Where that copy lies beside tensors (on CPUs), the largest moment with it: a step's peak where
+  // steps follow a save, else what lives between steps. 0 elsewhere.
+  int64_t saving = 0;
   // On cuda, beside tensors: CUDA context, workspaces of cuBLAS, buffers of NCCL, the pool of
   // run.graphs. Assumed, not measured.
   int64_t device = 0;
@@ -85,8 +90,10 @@ struct MemoryReport {
     return parameters + master + gradients + optimizer + activations + workspace + communication +
            data;
   }
+  // Of a whole run, saves included: what its last line compares with the allocator's count.
+  [[nodiscard]] int64_t run_peak() const { return std::max(peak(), saving); }
   // Of the memory of the host, on cuda of the GPU.
-  [[nodiscard]] int64_t needed() const { return peak() - host + device; }
+  [[nodiscard]] int64_t needed() const { return run_peak() - host + device; }
 };
 
 // Predicted calls and bytes of one training step of a rank: key "axis/op", e.g.
@@ -143,6 +150,8 @@ struct PlanInputs {
 
 // Of any rank of the plan.
 [[nodiscard]] MemoryReport report_memory(const Plan& plan, int rank);
+// The largest run_peak() of all ranks.
+[[nodiscard]] int64_t largest_run_peak(const Plan& plan);
 [[nodiscard]] Traffic predict_traffic(const Plan& plan, int rank);
 
 [[nodiscard]] std::string describe_plan(const Plan& plan);  // for people
@@ -155,9 +164,9 @@ struct PlanInputs {
 //   "dynamic" | null} batch {global_samples, micro_samples, sequence_length, samples_per_rank,
 //   micro_batches, tokens_per_step} run {total_steps, total_tokens} flops {convention, per_token,
 //   forward {linear, attention, head}, six_n} memory {rank, parameters, master, gradients,
-//   optimizer, activations, workspace, communication, data, peak,
-//           checkpoint_snapshot, device, host, needed = peak - host + device, activation_terms
-//           [{part, phase, name, bytes}]}    bytes
+//   optimizer, activations, workspace, communication, data, peak (of a step), saving, run_peak =
+//           the larger, checkpoint_snapshot, device, host, host_taken, needed = run_peak - host +
+//           device, activation_terms [{part, phase, name, bytes}]}    bytes
 //   traffic {"axis/op": {calls, bytes}}    per step, rank 0
 //   buckets [{blocks [n], bytes}]          in the order of their reductions, rank 0
 //   ranks [{rank, pp, blocks [n], parameters, flops, flops_again, memory, traffic}]   the first

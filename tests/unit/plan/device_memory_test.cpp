@@ -44,7 +44,7 @@ TEST(DeviceMemory, NoneOnTheCpu) {
   const MemoryReport m = plan_of(resolved(), machine(2)).memory;
   EXPECT_EQ(m.device, 0);
   EXPECT_EQ(m.host, 0);
-  EXPECT_EQ(m.needed(), m.peak());
+  EXPECT_EQ(m.needed(), m.run_peak());
 }
 
 TEST(DeviceMemory, OneGpu_HasAContextAndWorkspaces) {
@@ -220,45 +220,6 @@ TEST(HostMemory, ThePageShowsIt) {
   EXPECT_THAT(describe_plan(plan), HasSubstr("slabs of powers of two"));
   EXPECT_THAT(describe_plan(plan), HasSubstr(format_bytes(plan.memory.host_taken)));
   EXPECT_THAT(plan_json(plan), HasSubstr("\"host_taken\""));
-}
-
-TEST(DocumentScratch, CountsDocumentsOf256Tokens) {
-  EXPECT_EQ(assumed_documents(1, 100), 1);
-  EXPECT_EQ(assumed_documents(4, 256), 4);
-  EXPECT_EQ(assumed_documents(1, 257), 2);
-  EXPECT_EQ(assumed_documents(3, 1024), 16);
-}
-
-int64_t scratch_of(std::vector<std::string> overrides, int ranks = 1) {
-  overrides.emplace_back("data.documents=separate");
-  for (const ActivationTerm& term :
-       activation_bytes_of(plan_of(resolved(overrides), gpus(ranks))).terms)
-    if (term.name == "attention, scratch of documents") return term.bytes;
-  return 0;
-}
-
-// Four samples of a row of 256 tokens, four heads of 64.
-TEST(DocumentScratch, IsThatOfTheKernels) {
-  const auto counted = [](int64_t floats) { return allocation_bytes(4 * floats); };
-  EXPECT_EQ(scratch_of({"precision.compute=bf16"}), counted(int64_t{4} * 4 * 128 * (64 + 1)));
-  EXPECT_EQ(scratch_of({"precision.compute=bf16", "model.head_dim=200"}),
-            counted(int64_t{4} * 4 * 128 * (256 + 1)));
-  EXPECT_EQ(scratch_of({"precision.compute=fp32"}), counted(int64_t{4} * 4 * 256));
-  EXPECT_EQ(scratch_of({"precision.compute=fp64"}), 0);
-  const std::string ring = "parallel.context.size=2",
-                    all_to_all = "parallel.context={size: 2, method: all_to_all}";
-  EXPECT_EQ(scratch_of({"precision.compute=bf16", ring}, 2),
-            scratch_of({"precision.compute=bf16"}));
-  EXPECT_EQ(scratch_of({"precision.compute=fp32", ring}, 2), counted(int64_t{4} * 4 * 64));
-  EXPECT_EQ(scratch_of({"precision.compute=fp32", all_to_all}, 2), counted(int64_t{4} * 2 * 256));
-  // Joined documents have none, and CPUs.
-  const auto query_has = [](const Plan& plan) {
-    for (const ActivationTerm& term : activation_bytes_of(plan).terms)
-      if (term.name == "attention, scratch of documents") return true;
-    return false;
-  };
-  EXPECT_FALSE(query_has(plan_of(resolved(), gpus(1))));
-  EXPECT_FALSE(query_has(plan_of(resolved({"data.documents=separate"}), machine(1))));
 }
 
 TEST(DeviceMemory, ThePageShowsIt) {

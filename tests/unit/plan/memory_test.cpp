@@ -46,6 +46,45 @@ TEST(Memory, StatesOfABf16Run) {
   EXPECT_EQ(m.checkpoint_snapshot, 3 * kParameters * 4 / 2);  // two ranks share the copies
 }
 
+// Of three tensors' 4 x 5,048,576 bytes a copy lies beside a step, unless the only save is at the
+// end: then beside parameters, gradients, two moments and the rotary table of 256 x 32 angles.
+TEST(Memory, ACopyOfASave_LiesBesideAStepOrWhatLivesBetweenThem) {
+  const auto memory = [](const std::vector<std::string>& overrides, Topology topology) {
+    return plan_of(resolved(overrides), topology).memory;
+  };
+  const int64_t copy = allocation_bytes(3 * kParameters * 4);
+  const int64_t between = 3 * buffers(4) + allocation_bytes(kParameters * 4) +
+                          2 * allocation_bytes(int64_t{256} * 32 * 4);
+  const MemoryReport beside = memory({"checkpoint.interval_steps=99"}, machine(1));
+  EXPECT_EQ(beside.saving, beside.peak() + copy);
+  EXPECT_EQ(beside.run_peak(), beside.saving);
+  EXPECT_EQ(beside.needed(), beside.saving);
+  for (const char* interval : {"checkpoint.interval_steps=none", "checkpoint.interval_steps=100"}) {
+    const MemoryReport last = memory({interval}, machine(1));
+    EXPECT_EQ(last.saving, between + copy) << interval;
+    EXPECT_EQ(last.run_peak(), std::max(last.peak(), between + copy));
+  }
+  const MemoryReport wide =
+      memory({"checkpoint.interval_steps=none", "batch.micro_samples=8"}, machine(1));
+  EXPECT_EQ(wide.run_peak(), wide.peak());  // activations are more than the copy
+  EXPECT_EQ(memory({"checkpoint.asynchronous=false"}, machine(1)).saving, 0);
+  Topology gpu = machine(1);
+  gpu.device = "cuda";
+  gpu.memory_bytes = 80 * kGiB;
+  const MemoryReport on_gpu = memory({"checkpoint.interval_steps=99"}, gpu);
+  EXPECT_GT(on_gpu.checkpoint_snapshot, 0);
+  EXPECT_EQ(on_gpu.saving, 0);  // the copy lies in host memory
+}
+
+TEST(Memory, TheLargestRankOfAPipelineCounts) {
+  const Plan plan = plan_of(resolved({"parallel.pipeline.size=2", "batch.global_samples=32",
+                                      "parallel.pipeline.schedule=1f1b"}),
+                            machine(2));
+  EXPECT_EQ(largest_run_peak(plan),
+            std::max(report_memory(plan, 0).run_peak(), report_memory(plan, 1).run_peak()));
+  EXPECT_NE(report_memory(plan, 0).run_peak(), report_memory(plan, 1).run_peak());
+}
+
 TEST(Memory, ShardedStatesShrink) {
   recipe::Resolved recipe = resolved({"precision.compute=bf16"});
   recipe.recipe.batch.micro_samples = 2;

@@ -21,10 +21,11 @@ TEST(PlanJson, HasTheDocumentedKeys) {
   const Json json = Json::parse(plan_json(plan));
   std::vector<std::string> keys;
   for (const auto& [key, value] : json.items()) keys.push_back(key);
-  EXPECT_THAT(keys, ::testing::UnorderedElementsAre(
-                        "schema", "choices", "device", "world_size", "threads_per_rank", "grid",
-                        "zero_stage", "model", "parameters", "precision", "batch", "run", "flops",
-                        "memory", "traffic", "ranks", "buckets", "schedule", "layout", "checkpoint_bytes"));
+  EXPECT_THAT(
+      keys, ::testing::UnorderedElementsAre(
+                "schema", "choices", "device", "world_size", "threads_per_rank", "grid",
+                "zero_stage", "model", "parameters", "precision", "batch", "run", "flops", "memory",
+                "traffic", "ranks", "buckets", "schedule", "layout", "checkpoint_bytes"));
   EXPECT_EQ(json["schema"], 1);
   EXPECT_EQ(json["world_size"], 2);
   EXPECT_EQ(json["grid"]["dp_replicate"], 2);
@@ -38,6 +39,8 @@ TEST(PlanJson, HasTheDocumentedKeys) {
   EXPECT_EQ(json["flops"]["convention"], "causal");
   EXPECT_EQ(json["flops"]["six_n"], 6 * 5'048'576);
   EXPECT_EQ(json["memory"]["peak"], plan.memory.peak());
+  EXPECT_EQ(json["memory"]["saving"], plan.memory.saving);
+  EXPECT_EQ(json["memory"]["run_peak"], plan.memory.run_peak());
   EXPECT_EQ(json["traffic"]["dp_replicate+dp_shard+cp/all_reduce"]["calls"], 1);
   EXPECT_EQ(json["buckets"][0]["blocks"], Json({5, 4, 3, 2, 1, 0}));
   EXPECT_EQ(json["schedule"]["ranks"][0].size(), 6u);
@@ -71,7 +74,8 @@ TEST(DescribePlan, IsAPageWithEveryPart) {
         "dp_replicate+dp_shard+cp/all_reduce: 1 call", "gpipe, 1 stage",
         "rank 0 | F0 B0 reduce step", "precision.compute: auto -> fp32"})
     EXPECT_THAT(page, HasSubstr(part));
-  EXPECT_THAT(page, HasSubstr(format_bytes(plan.memory.peak())));
+  EXPECT_THAT(page, HasSubstr(format_bytes(plan.memory.run_peak()) + " predicted peak of rank 0"));
+  EXPECT_THAT(page, HasSubstr(format_bytes(plan.memory.peak()) + " in a step"));
   EXPECT_THAT(describe_plan(testing::plan_of(testing::resolved(), testing::machine(1))),
               HasSubstr("traffic     none: one rank"));
 }
