@@ -97,6 +97,10 @@ GpuProbe probe() {
 
 }  // namespace
 
+std::string capability_text(const Gpu& gpu) {
+  return fmt::format("{} of compute capability {}.{}", gpu.name, gpu.major, gpu.minor);
+}
+
 std::optional<double> dense_flops(const std::string& gpu_name, DType dtype) {
   struct Entry {
     const char* part;  // of the name; the first that fits counts
@@ -131,6 +135,24 @@ std::string cuda_plugin_path() {
 }
 
 bool has_cuda_plugin() { return ::access(cuda_plugin_path().c_str(), R_OK) == 0; }
+
+std::string gpu_obstacle(int ranks) {
+  const GpuProbe& found = probe_gpus();
+  const auto count = static_cast<int>(found.gpus.size());
+  if (count == 0) return found.problem;
+  if (!has_cuda_plugin())
+    return fmt::format("no {}: this build computes on CPUs", cuda_plugin_path());
+  if (found.driver_cuda < kNeededCuda)
+    return fmt::format("the NVIDIA driver runs CUDA up to {}, need {}",
+                       cuda_version_text(found.driver_cuda), cuda_version_text(kNeededCuda));
+  if (count < ranks)
+    return fmt::format("{} ranks here, and CUDA shows {} of this host's GPUs", ranks, count);
+  for (int i = 0; i < ranks; ++i)
+    if (const Gpu& gpu = found.gpus[static_cast<size_t>(i)]; !has_kernels(gpu))
+      return fmt::format("GPU {}, {}, and kernels of this build are for 8.x and 9.x", i,
+                         capability_text(gpu));
+  return "";
+}
 
 std::string cuda_version_text(int version) {
   return fmt::format("{}.{}", version / 1000, version % 1000 / 10);

@@ -37,6 +37,10 @@ void check_gpu(int index) {
   if (index >= count)
     refuse(fmt::format("local rank {} on a machine with {} GPUs", index, count),
            "one GPU per rank of a machine", "", "Start fewer ranks per machine");
+  const Gpu& gpu = found.gpus[static_cast<size_t>(index)];
+  if (!has_kernels(gpu))
+    refuse(capability_text(gpu), "compute capability 8 or 9",
+           "the kernels of this build are compiled for these", "Set run.device: cpu");
 }
 
 }  // namespace

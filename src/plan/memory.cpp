@@ -245,6 +245,8 @@ std::string ways_to_fit(const Plan& plan, const MemoryReport& m) {
   ways.emplace_back("Make the model smaller");
   if (grid.dp_replicate * grid.dp_shard > 1 && r.parallel.zero.stage < 3)
     ways.emplace_back("raise parallel.zero.stage");
+  if (r.optimizer.moments == "auto" && plan.precision.compute != DType::kFp64)
+    ways.emplace_back("set optimizer.moments: bf16 or int8");
   if (r.parallel.zero.offload == "none" && !r.run.graphs && !r.optimizer.in_backward)
     ways.emplace_back("set parallel.zero.offload: optimizer");
   return join(ways, ", or ");

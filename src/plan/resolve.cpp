@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "capstan/base/bytes.h"
+#include "capstan/base/gpu.h"
 #include "capstan/base/text.h"
 #include "plan/resolve_internal.h"
 

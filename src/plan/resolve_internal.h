@@ -36,8 +36,6 @@ struct Draft {
 [[nodiscard]] std::string nearest_divisors(int64_t count, int64_t wanted);
 
 void resolve_run(Draft& draft);
-// Why local_topology() finds no GPU for each of so many ranks here.
-[[nodiscard]] std::string gpu_obstacle(int ranks);
 [[nodiscard]] ModelShape resolve_shape(Draft& draft);
 void resolve_experts(Draft& draft, ModelShape& shape);
 // shards: ranks that share one copy; none while they are not known.

@@ -1,11 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
-#include <fmt/format.h>
-
 #include "capstan/base/env.h"
 #include "capstan/base/gpu.h"
 #include "capstan/plan/plan.h"
-#include "plan/resolve_internal.h"
 
 namespace capstan::plan {
 
@@ -18,7 +15,7 @@ Topology local_topology(int world_size, int local_size, const std::string& devic
   topology.fast_bf16 = cpu_has("avx512_bf16") || cpu_has("amx_bf16");
   if (device == "cpu") return topology;
   const GpuProbe& found = probe_gpus();
-  if (static_cast<int>(found.gpus.size()) >= local_size && local_size > 0 && has_cuda_plugin()) {
+  if (local_size > 0 && gpu_obstacle(local_size).empty()) {
     topology.device = "cuda";
     topology.fast_bf16 = found.gpus.front().major >= 8;
     if (found.gpus.front().multiprocessors > 0)
@@ -27,16 +24,6 @@ Topology local_topology(int world_size, int local_size, const std::string& devic
     topology.memory_bytes = found.gpus.front().memory_bytes * local_size;
   }
   return topology;
-}
-
-std::string gpu_obstacle(int ranks) {
-  const GpuProbe& found = probe_gpus();
-  const auto count = static_cast<int>(found.gpus.size());
-  if (count == 0) return found.problem;
-  if (!has_cuda_plugin()) return fmt::format("this build has no {}", cuda_plugin_path());
-  if (count < ranks)
-    return fmt::format("{} ranks here, and CUDA shows {} of this host's GPUs", ranks, count);
-  return "no GPU for every rank is found where the run is placed";
 }
 
 }  // namespace capstan::plan

@@ -11,8 +11,8 @@ DRIVER = os.environ["FAKE_DRIVER"]
 
 
 class Device(Program):
-    def run_with_driver(self, *arguments, gpus="2"):
-        return self.run_capstan(*arguments, env={**os.environ, "LD_LIBRARY_PATH": DRIVER, "FAKE_GPUS": gpus})
+    def run_with_driver(self, *arguments, gpus="2", **more):
+        return self.run_capstan(*arguments, env={**os.environ, "LD_LIBRARY_PATH": DRIVER, "FAKE_GPUS": gpus, **more})
 
     def test_doctor_lists_gpus_and_what_is_missing(self):
         done = self.run_with_driver("doctor")
@@ -20,12 +20,17 @@ class Device(Program):
             self.assertIn(words, done.stdout)
         self.assertNotIn("GPU 2", done.stdout)
 
+    def test_doctor_warns_of_gpus_without_kernels(self):
+        words = "the CUDA plug-in has kernels for 8.x and 9.x"
+        self.assertIn(words, self.run_with_driver("doctor", FAKE_MAJOR="12").stdout)
+        self.assertNotIn(words, self.run_with_driver("doctor").stdout)
+
     def test_doctor_says_why_there_is_no_gpu(self):
         self.assertIn("shows no GPU (see CUDA_VISIBLE_DEVICES)", self.run_with_driver("doctor", gpus="0").stdout)
         self.assertIn("does not start: unknown error", self.run_with_driver("doctor", gpus="broken").stdout)
 
     def test_cuda_without_a_gpu_is_refused_before_anything_starts(self):
-        for gpus, why in (("1", "this build has no "), ("0", "shows no GPU (see CUDA_VISIBLE_DEVICES)"), ("broken", "does not start: unknown error")):
+        for gpus, why in (("1", "libcapstan_cuda.so: this build computes on CPUs"), ("0", "shows no GPU (see CUDA_VISIBLE_DEVICES)"), ("broken", "does not start: unknown error")):
             done = self.run_with_driver("train", "tiny.yaml", "--nproc", "2", "--set", "run.device=cuda", gpus=gpus)
             self.assertEqual(done.returncode, 2)
             for words in ("run.device", "cuda", "need cpu", why, "capstan doctor shows what is here"):

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // An NVIDIA driver for tests: libcuda.so.1 with what the program asks of it, and the GPUs that
-// FAKE_GPUS counts (2 without it; "broken": it does not start).
+// FAKE_GPUS counts (2 without it; "broken": it does not start), of compute capability FAKE_MAJOR.0
+// (9 without it).
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +40,8 @@ int cuDeviceTotalMem_v2(size_t* bytes, int /*device*/) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int /*device*/) {
-  *value = attribute == 75 ? 9 : attribute == 76 ? 0 : 132;
+  const char* const major = std::getenv("FAKE_MAJOR");
+  *value = attribute == 75 ? (major ? std::atoi(major) : 9) : attribute == 76 ? 0 : 132;
   return 0;
 }
 int cuGetErrorString(int /*result*/, const char** text) {

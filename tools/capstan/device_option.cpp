@@ -21,8 +21,7 @@ void add_device_option(CLI::App& verb, std::string& device) {
 void start_device(const std::string& device) {
   if (device == "cpu") return;
   if (plan::local_topology(1, 1, device).device == "cuda") return device::start_cuda(0);
-  const GpuProbe& found = probe_gpus();
-  const std::string missing = found.gpus.empty() ? found.problem : "no " + cuda_plugin_path();
+  const std::string missing = gpu_obstacle(1);
   if (device == "cuda")
     throw ConfigError({.module = "cli",
                        .what = "--device cuda",
@@ -30,7 +29,7 @@ void start_device(const std::string& device) {
                        .need = "cpu or auto",
                        .why = "no GPU can be used here; capstan doctor says why",
                        .fix = "Leave --device out"});
-  if (!found.gpus.empty())
+  if (!probe_gpus().gpus.empty())
     log::warning("cli", "computing on the CPU although there is a GPU: {}", missing);
 }
 

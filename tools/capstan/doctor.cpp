@@ -39,7 +39,7 @@ Finding check_bf16() {
 Finding check_driver() {
   const GpuProbe& found = probe_gpus();
   if (found.driver_cuda == 0) return {"NVIDIA driver", found.problem, ""};
-  const bool old = found.driver_cuda < 13000;
+  const bool old = found.driver_cuda < kNeededCuda;
   return {"NVIDIA driver", "for CUDA up to " + cuda_version_text(found.driver_cuda),
           old ? "run.device: cuda needs a driver for CUDA 13.0" : ""};
 }
@@ -50,12 +50,11 @@ std::vector<Finding> check_gpus() {
   std::vector<Finding> findings;
   for (size_t i = 0; i < found.gpus.size(); ++i) {
     const Gpu& gpu = found.gpus[i];
-    const bool has_kernels = gpu.major == 8 || gpu.major == 9;
     findings.push_back(
         {fmt::format("GPU {}", i),
          fmt::format("{}, {}, compute capability {}.{}, {} multiprocessors", gpu.name,
                      format_bytes(gpu.memory_bytes), gpu.major, gpu.minor, gpu.multiprocessors),
-         has_kernels ? "" : "the CUDA plug-in has kernels for 8.x and 9.x"});
+         has_kernels(gpu) ? "" : "the CUDA plug-in has kernels for 8.x and 9.x"});
   }
   return findings;
 }

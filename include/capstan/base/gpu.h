@@ -19,9 +19,16 @@ struct Gpu {
   int multiprocessors = 0;
 };
 
+// Whether this build's kernels run there: they are compiled for compute capability 8.0 and 9.0a.
+[[nodiscard]] inline bool has_kernels(const Gpu& gpu) { return gpu.major == 8 || gpu.major == 9; }
+// "NVIDIA T4 of compute capability 7.5"
+[[nodiscard]] std::string capability_text(const Gpu& gpu);
+
 // Dense matrix products per second by the data sheet, tensor cores for fp16 and bf16, without
 // sparsity; none for GPUs and types that the table lacks. The denominator of MFU.
 [[nodiscard]] std::optional<double> dense_flops(const std::string& gpu_name, DType dtype);
+
+inline constexpr int kNeededCuda = 13000;  // of the driver: what LibTorch's CUDA half is made for
 
 struct GpuProbe {
   std::vector<Gpu> gpus;  // those that CUDA_VISIBLE_DEVICES leaves
@@ -34,6 +41,8 @@ struct GpuProbe {
 // libcapstan_cuda.so beside this library: what a run on GPUs opens. The file may be absent.
 [[nodiscard]] std::string cuda_plugin_path();
 [[nodiscard]] bool has_cuda_plugin();
+// Why so many ranks of this machine cannot have a usable GPU each; empty where they can.
+[[nodiscard]] std::string gpu_obstacle(int ranks);
 // "13.0"
 [[nodiscard]] std::string cuda_version_text(int version);
 

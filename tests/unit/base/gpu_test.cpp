@@ -22,6 +22,14 @@ TEST(Gpu, CudaVersions_AreSpelledAsUsersKnowThem) {
   EXPECT_EQ(cuda_version_text(12080), "12.8");
 }
 
+TEST(Gpu, KernelsAreForAmpereToHopper) {
+  for (const auto [major, runs] :
+       {std::pair{7, false}, {8, true}, {9, true}, {10, false}, {12, false}})
+    EXPECT_EQ(has_kernels({.major = major}), runs) << major;
+  EXPECT_EQ(capability_text({.name = "NVIDIA T4", .major = 7, .minor = 5}),
+            "NVIDIA T4 of compute capability 7.5");
+}
+
 // Whatever this machine has, asking is harmless and the answer is whole.
 TEST(Gpu, AProbeNamesGpusOrAReason) {
   const GpuProbe& found = probe_gpus();

@@ -148,9 +148,11 @@ TEST(DeviceMemory, WaysToFitAreOpen) {
     EXPECT_EQ(problems.size(), 1U);
     return problems.empty() ? "" : problems[0].fix;
   };
-  EXPECT_EQ(fix({}, 1), "Make the model smaller, or set parallel.zero.offload: optimizer");
-  EXPECT_EQ(fix({"run.graphs=true"}, 1), "Make the model smaller");
-  EXPECT_EQ(fix({}, 2),
+  EXPECT_EQ(fix({}, 1),
+            "Make the model smaller, or set optimizer.moments: bf16 or int8, or set "
+            "parallel.zero.offload: optimizer");
+  EXPECT_EQ(fix({"run.graphs=true", "optimizer.moments=bf16"}, 1), "Make the model smaller");
+  EXPECT_EQ(fix({"optimizer.moments=bf16"}, 2),
             "Make the model smaller, or raise parallel.zero.stage, or set "
             "parallel.zero.offload: optimizer");
   EXPECT_EQ(fix({"batch.micro_samples=512", "batch.global_samples=512"}, 1),
