@@ -24,6 +24,7 @@ using ::testing::HasSubstr;
 // Rank 0 does not come to a sum. It stays until the others have said so, for it has the store.
 TEST(DISABLED_Rank, LearnsWhoIsMissing) {
   const comm::Communicator world = process_world();
+  EXPECT_EQ(world.backend_name(), is_gpu_rank() ? "nccl" : "gloo");
   const at::Tensor x = at::ones({4096}, at::kFloat);
   world.all_reduce(x).wait();
   world.barrier().wait();
