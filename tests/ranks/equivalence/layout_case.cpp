@@ -182,11 +182,11 @@ std::vector<std::string> LayoutCase::overrides() const {
     for (const char* key : {"model.attention_bias=true", "model.attention_output_bias=false"})
       list.push_back(key);
   if (values.at("qwen") == "3") list.push_back("model.qk_norm=true");
-  // In every step but the first a pass for the curvature, so weighted that about half the quotients
-  // are not clipped.
+  // A pass for the curvature in every step but the first, and a rho that leaves most quotients
+  // behind it unclipped.
   if (values.at("optimizer") == "sophia")
     for (const char* key :
-         {"optimizer.betas=[0.9, 0.9]", "optimizer.sophia.interval=1", "optimizer.sophia.rho=30"})
+         {"optimizer.betas=[0.9, 0.9]", "optimizer.sophia.interval=1", "optimizer.sophia.rho=3"})
       list.push_back(key);
   const bool is_gpt2 = values.at("family") == "gpt2";
   // `most` leaves an MLP whose input needs no gradient, and single norms.
