@@ -8,6 +8,7 @@
 
 #include "capstan/base/log.h"
 #include "capstan/parallel/flat_store.h"
+#include "capstan/plan/experts.h"
 
 namespace capstan::engine {
 namespace {
@@ -40,7 +41,7 @@ ops::GroupedCase experts_case(const plan::Plan& plan, at::Device device) {
   asked.groups = e.count / plan.grid.sizes().ep;
   asked.hidden = model.shape.hidden_size;
   asked.features = e.intermediate_size;
-  asked.knows_rows = plan.grid.sizes().ep > 1;
+  asked.knows_rows = plan::knows_expert_rows(plan);
   return asked;
 }
 
@@ -48,16 +49,16 @@ bool counts_travellers(const plan::Plan& plan) {
   return plan.grid.sizes().ep > 1 && !plan.model().shape.experts.capacity_factor;
 }
 
+std::string gradients_text(const ops::GroupedChoice& choice) {
+  if (choice.rounding.empty()) return "weight gradients are summed in fp32";
+  return "weight gradients are rounded to 16 bits once per micro-batch: " + choice.rounding;
+}
+
 void log_experts(const plan::Plan& plan, at::Device device) {
   const ops::GroupedCase asked = experts_case(plan, device);
   const ops::GroupedChoice choice = ops::choose_grouped(asked);
   log_form(asked, choice, counts_travellers(plan));
-  if (at::elementSize(asked.dtype) != 2) return;
-  if (choice.rounding.empty())
-    return log::info("engine",
-                     "experts: weight gradients are summed in fp32, by a product for each");
-  log::info("engine", "experts: weight gradients are rounded to {} once per micro-batch: {}",
-            name_of(plan.precision.compute), choice.rounding);
+  if (at::elementSize(asked.dtype) == 2) log::info("engine", "experts: {}", gradients_text(choice));
 }
 
 }  // namespace capstan::engine

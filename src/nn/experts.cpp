@@ -63,8 +63,8 @@ struct ExpertPass {
   [[nodiscard]] Tensor load_SE(const Tensor& experts_Nk, at::ScalarType wide) const;
   [[nodiscard]] ops::RouterLoss loss(const ops::Routing& routing) const;
   [[nodiscard]] Tensor keep(const Tensor& experts_Nk) const;
-  // Rows of an expert for which an exchange of fixed sizes has room; 0 where there is none.
-  [[nodiscard]] int64_t room(bool is_grouped, bool drops) const;
+  // Rows of an expert for which there is room on every rank; 0 where their number is as chosen.
+  [[nodiscard]] int64_t room(bool is_grouped, bool drops, int64_t tokens) const;
   void report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
                       const ops::RouterLoss& loss, const Tensor& keep_Nk) const;
 };
@@ -109,9 +109,12 @@ Tensor ExpertPass::keep(const Tensor& experts_Nk) const {
   return ops::keep_within_capacity(experts_Nk, places.row_N, places.place_N, spec);
 }
 
-int64_t ExpertPass::room(bool is_grouped, bool drops) const {
-  if (!is_grouped || !drops || !cut.exchange_room) return 0;
-  return plan::expert_room(shape(), places.rows, places.row_length, cut.most_tokens);
+int64_t ExpertPass::room(bool is_grouped, bool drops, int64_t tokens) const {
+  if (!is_grouped || !drops || (cut.exchange && !cut.exchange_room)) return 0;
+  if (cut.exchange)
+    return plan::expert_room(shape(), places.rows, places.row_length, cut.most_tokens);
+  return plan::own_expert_room(shape(), places.rows, places.row_length,
+                               std::max(cut.most_tokens, tokens));
 }
 
 void ExpertPass::report_routing(const ops::Routing& routing, const ops::RouterSpec& spec,
@@ -154,6 +157,11 @@ bool in_one_product(const ExpertInput& input, const Tensor& x_ND) {
   return ops::choose_grouped(c).form == ops::GroupedForm::kGrouped;
 }
 
+ops::RowGroups groups_of(const ops::ExpertOrder& order, int64_t room, at::Device device) {
+  if (room > 0) return ops::equal_groups(order.ends_E.numel(), room, device);
+  return {order.counts_E, order.ends_E};
+}
+
 ops::RowGroups groups_of(const ExpertCut::Exchange& exchange, bool is_grouped, bool are_equal,
                          at::Device device) {
   if (!is_grouped) return {exchange.counts, {}};
@@ -174,15 +182,15 @@ Tensor run_chosen(const ExpertPass& pass, const Tensor& x_ND, const ops::Routing
   const ExpertInput& input = pass.input;
   const ExpertCut& cut = pass.cut;
   const bool is_grouped = in_one_product(input, x_ND);
-  const int64_t room = pass.room(is_grouped, keep_Nk.defined());
+  const int64_t room = pass.room(is_grouped, keep_Nk.defined(), x_ND.size(0));
   ops::ExpertOrder order =
       ops::order_by_expert(routing.experts_Nk, keep_Nk, input.shape.count,
                            /*on_device=*/is_grouped && (!cut.exchange || room > 0));
   if (room > 0) order = ops::with_room(order, routing.experts_Nk, room);
   const Tensor rows_RD = ops::permute_tokens(x_ND, order);
   if (!cut.exchange)
-    return ops::combine_rows(expert_mlp(input, rows_RD, {order.counts_E, order.ends_E}), weights_Nk,
-                             order);
+    return ops::combine_rows(expert_mlp(input, rows_RD, groups_of(order, room, x_ND.device())),
+                             weights_Nk, order);
   const ExpertCut::Exchange exchange =
       room > 0 ? cut.exchange_room(input.shape.count, room) : cut.exchange(order.counts_E);
   const ops::RowGroups groups = groups_of(exchange, is_grouped, room > 0, x_ND.device());

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "capstan/base/check.h"
@@ -72,13 +73,27 @@ void add_in_turn(const Tensor& grad_RO, const Tensor& x_RD, const Projections& p
   });
 }
 
+bool takes_one_sum(const Projections& projections, const std::vector<int64_t>& counts) {
+  const auto is_like_first = [&](int64_t count) { return count == counts.front(); };
+  return counts.front() > 0 && std::all_of(counts.begin(), counts.end(), is_like_first) &&
+         std::all_of(projections.begin(), projections.end(),
+                     [](const Projection& p) { return p.trainable(); });
+}
+
+void add_weight_gradients(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
+                          const RowGroups& groups) {
+  if (groups.counts.empty())
+    grouped_product::add_weight_gradients(grad_RO, x_RD, projections, groups.ends);
+  else if (takes_one_sum(projections, groups.counts))
+    grouped_product::add_equal_gradients(grad_RO, x_RD, projections);
+  else
+    add_in_turn(grad_RO, x_RD, projections, groups.counts);
+}
+
 // x undefined: no weight is trainable.
 Tensor backward_in_one(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
                        const RowGroups& groups, bool wants_input_gradient) {
-  if (x_RD.defined() && !groups.counts.empty())
-    add_in_turn(grad_RO, x_RD, projections, groups.counts);
-  else if (x_RD.defined())
-    grouped_product::add_weight_gradients(grad_RO, x_RD, projections, groups.ends);
+  if (x_RD.defined()) add_weight_gradients(grad_RO, x_RD, projections, groups);
   if (!wants_input_gradient) return {};
   return grouped_product::input_gradient(grad_RO, projections, groups.ends);
 }

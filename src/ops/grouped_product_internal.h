@@ -20,5 +20,8 @@ using Projections = std::vector<Projection>;
 // One product when the first of the gradients is added, one addition for each weight.
 void add_weight_gradients(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections,
                           const Tensor& ends);
+// Groups of as many rows each, of which there are some; all weights are trainable. One product adds
+// to the buffers in their own type where they lie equally far apart, else one for each.
+void add_equal_gradients(const Tensor& grad_RO, const Tensor& x_RD, const Projections& projections);
 
 }  // namespace capstan::ops::grouped_product

@@ -8,6 +8,7 @@
 
 #include "capstan/base/bytes.h"
 #include "capstan/base/text.h"
+#include "capstan/plan/experts.h"
 #include "capstan/plan/fp8.h"
 #include "capstan/plan/frozen.h"
 #include "capstan/plan/optimizer_states.h"
@@ -63,10 +64,9 @@ ActivationQuery activation_query(const Plan& plan) {
   query.all_to_all = plan.resolved.parallel.context.method == "all_to_all";
   query.remade = remade_parts(plan.resolved.parallel.recompute);
   query.overlap = plan.resolved.parallel.sequence_overlap;
-  const bool knows_rows = grid.ep > 1;
-  if (query.on_gpu && !grouped_obstacle(plan.resolved) && !knows_rows)
+  if (query.on_gpu && !grouped_obstacle(plan.resolved) && !knows_expert_rows(plan))
     query.grouped_experts = plan.model().shape.experts.count / grid.ep;
-  query.exchanged_rows = exchanged_rows(plan.resolved, plan.model().shape, plan.batch,
+  query.exchanged_rows = rows_with_room(plan.resolved, plan.model().shape, plan.batch,
                                         (query.tokens + grid.tp - 1) / grid.tp);
   return query;
 }

@@ -153,6 +153,17 @@ int64_t expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens
   return std::min(saturating_multiply(rows, expert_capacity(experts, row_tokens)), tokens);
 }
 
+int64_t own_expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens,
+                        int64_t tokens) {
+  constexpr int64_t kMostPadding = 16;  // a part of the choices
+  if (!experts.capacity_factor) return 0;
+  const int64_t room = expert_room(experts, rows, row_tokens, tokens);
+  const int64_t choices = saturating_multiply(tokens, experts.per_token);
+  const bool is_cheap =
+      saturating_multiply(room, experts.count) - choices <= choices / kMostPadding;
+  return is_cheap ? room : 0;
+}
+
 int64_t count_active_parameters(const ModelShape& shape, const std::vector<ParamSpec>& table) {
   int64_t count = 0, experts = 0;
   for (const ParamSpec& spec : table) (spec.expert >= 0 ? experts : count) += numel(spec.shape);

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one pass of an expert layer keeps and needs. The attention half, the embedding and the head
 // are llama's. Rows that experts compute are counted as if the load were even: the rank's tokens x
-// per_token, wherever they come from; an expert-parallel rank that gets more keeps more. Exchanges
-// of fixed sizes have room for as many rows everywhere.
+// per_token, wherever they come from; an expert-parallel rank that gets more keeps more. Where all
+// experts have room for as many rows, those are counted.
 #include <algorithm>
 #include <map>
 

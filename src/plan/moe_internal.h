@@ -27,5 +27,8 @@ struct GroupedObstacle {
 // 0 where rows travel in numbers that the host counts, or not at all.
 [[nodiscard]] int64_t exchanged_rows(const recipe::Recipe& recipe, const ModelShape& shape,
                                      const BatchPlan& batch, int64_t tokens);
+// The same for a rank that holds all experts too: rows of all experts, whoever gets how many.
+[[nodiscard]] int64_t rows_with_room(const recipe::Recipe& recipe, const ModelShape& shape,
+                                     const BatchPlan& batch, int64_t tokens);
 
 }  // namespace capstan::plan

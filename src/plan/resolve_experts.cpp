@@ -104,4 +104,22 @@ int64_t exchanged_rows(const recipe::Recipe& r, const ModelShape& shape, const B
                                                               batch.sequence_length, tokens));
 }
 
+int64_t rows_with_room(const recipe::Recipe& r, const ModelShape& shape, const BatchPlan& batch,
+                       int64_t tokens) {
+  if (r.parallel.expert > 1) return exchanged_rows(r, shape, batch, tokens);
+  if (r.run.device != "cuda" || grouped_obstacle(r)) return 0;
+  return saturating_multiply(
+      shape.experts.count,
+      own_expert_room(shape.experts, batch.micro_samples, batch.sequence_length, tokens));
+}
+
+bool knows_expert_rows(const Plan& plan) {
+  const Grid::Sizes& sizes = plan.grid.sizes();
+  if (sizes.ep > 1) return true;
+  const BatchPlan& batch = plan.batch;
+  const int64_t tokens = saturating_multiply(batch.micro_samples, batch.sequence_length / sizes.cp);
+  return own_expert_room(plan.model().shape.experts, batch.micro_samples, batch.sequence_length,
+                         (tokens + sizes.tp - 1) / sizes.tp) > 0;
+}
+
 }  // namespace capstan::plan

@@ -50,6 +50,7 @@ std::map<std::string, Overrides> cases() {
   return {{"plain", experts()},
           {"balanced", balanced()},
           {"capacity", balanced({"model.experts.capacity_factor=0.75"})},
+          {"large capacity", balanced({"model.experts.capacity_factor=1.2"})},
           {"shared", experts({"model.experts.shared_intermediate_size=16"})},
           {"recompute", balanced({"parallel.recompute.mode=block"})},
           {"selective", experts({"parallel.recompute.mode=selective",
@@ -148,6 +149,20 @@ TEST(DeviceExperts, RunsThatNeverWaitAreThoseOfTheCpu) {
     for (const auto& [entry, state] : want.routers)
       EXPECT_LE((got.routers.at(entry) - state).abs().max().item<double>(), 1e-12) << entry;
   }
+}
+
+// Of each layer and micro-batch: forward and input gradient of two matrices, and the gradients of
+// both where nobody but the device knows the rows of an expert.
+TEST(DeviceExperts, RoomForAllRowsSparesTheProductOfAllGradients) {
+  const int64_t per_layer = [] {
+    const Trained got = train_ahead({.overrides = cases().at("plain")});
+    return got.products / 6;
+  }();
+  EXPECT_GT(per_layer, 0);
+  const int64_t before = test::batched_products();
+  EXPECT_EQ(train_ahead({.overrides = cases().at("capacity")}).products, 4 * per_layer);
+  EXPECT_GT(test::batched_products(), before);
+  EXPECT_EQ(train_ahead({.overrides = cases().at("large capacity")}).products, 6 * per_layer);
 }
 
 // Where a rule needs the host first, it closes the step of experts too.
@@ -263,6 +278,21 @@ std::string warning_of(const Overrides& overrides) {
   log_experts(testing::make_tiny_plan({.overrides = overrides}), device::run_device());
   log::set_observer(nullptr, nullptr);
   return line;
+}
+
+std::string gradients_of(Overrides overrides) {
+  overrides.emplace_back("precision.compute=bf16");
+  const plan::Plan plan = testing::make_tiny_plan({.overrides = overrides});
+  return gradients_text(ops::choose_grouped(experts_case(plan, device::run_device())));
+}
+
+TEST(DeviceExperts, TheLogSaysWhetherGradientsAreRounded) {
+  EXPECT_THAT(gradients_of(experts()), HasSubstr("only the device knows the rows"));
+  EXPECT_THAT(gradients_of(cases().at("large capacity")),
+              HasSubstr("only the device knows the rows"));
+  for (const Overrides& known :
+       {cases().at("capacity"), experts({"model.experts.intermediate_size=20"})})
+    EXPECT_THAT(gradients_of(known), HasSubstr("summed in fp32"));
 }
 
 TEST(DeviceExperts, ALoopInBf16IsAWarning) {

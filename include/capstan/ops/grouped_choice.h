@@ -38,7 +38,7 @@ struct GroupedChoice {
   // Why a device takes the loop, and what would change that; else empty.
   std::string reason, fix;
   // Why weight gradients are rounded to 16 bits once per micro-batch before they are added; empty
-  // where a product for each expert adds to the buffer as it is.
+  // where products add to the buffer in its own type.
   std::string rounding;
 };
 [[nodiscard]] GroupedChoice choose_grouped(const GroupedCase& c);

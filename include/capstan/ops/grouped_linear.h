@@ -16,7 +16,8 @@ struct RowGroups {
   std::vector<int64_t> counts;  // [G], their sum is R; empty where only the device knows them
   // int32 [G] on the rows' device: the row behind each run. Where it is defined one product takes
   // all groups (choose_grouped() has to allow it) and nothing waits; else there is one for each.
-  // Gradients of weights are a product for each wherever there are counts.
+  // With counts beside them gradients of weights are a product for each, or one of all that adds
+  // to the buffers where the counts are equal.
   Tensor ends;
 };
 // The ends of counts that the host knows, queued to the device.

@@ -12,6 +12,8 @@
 
 namespace capstan::plan {
 
+struct Plan;
+
 // Names of the parameters of one layer, below "model.layers.<n>." and without ".weight".
 struct ExpertNames {
   std::string router;            // [experts, hidden]
@@ -36,6 +38,13 @@ struct ExpertNames {
 // fixed exchanges have room for. Only with a capacity.
 [[nodiscard]] int64_t expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens,
                                   int64_t tokens);
+// The same on a GPU that holds all experts, which then get as many rows each, unused ones zero; 0
+// where that is over a sixteenth more than the rows of all choices, and without a capacity.
+[[nodiscard]] int64_t own_expert_room(const ExpertShape& experts, int64_t rows, int64_t row_tokens,
+                                      int64_t tokens);
+// Whether the host knows how many rows each expert of a rank gets where one product takes them all:
+// they travel, or all have room.
+[[nodiscard]] bool knows_expert_rows(const Plan& plan);
 
 // Parameters that one token meets: of the experts, per_token of count.
 [[nodiscard]] int64_t count_active_parameters(const ModelShape& shape,

@@ -56,6 +56,8 @@ void record_for_graph(std::function<void()> op);
 [[nodiscard]] int64_t calls_with_lengths();
 // Products of groups of rows (_grouped_mm), so far.
 [[nodiscard]] int64_t grouped_products();
+// Products of as many matrices that add to themselves (baddbmm with a type), so far.
+[[nodiscard]] int64_t batched_products();
 
 // How often the host waited for the device: all threads, and this one.
 [[nodiscard]] int64_t host_syncs();

@@ -23,7 +23,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 std::atomic<int64_t> calls = 0;  // of FlashAttention with lengths
-std::atomic<int64_t> grouped_calls = 0;
+std::atomic<int64_t> grouped_calls = 0, batched_calls = 0;
 
 bool is_narrow(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
@@ -58,6 +58,26 @@ Tensor& addmm_wide(const Tensor& self, const Tensor& a, const Tensor& b, at::Sca
               "addmm: self is ", self.scalar_type());
   const Tensor scaled = product(a, b).mul(alpha);
   return out.copy_(beta.equal(0) ? scaled : scaled.add(self, beta));
+}
+
+// One side of each matrix lies together; the result adds to itself.
+Tensor& baddbmm_wide(const Tensor& self, const Tensor& a, const Tensor& b, at::ScalarType type,
+                     const at::Scalar& beta, const at::Scalar& alpha, Tensor& out) {
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && out.dim() == 3 && a.size(0) == b.size(0) &&
+                  out.size(0) == a.size(0) && alpha.equal(1),
+              "baddbmm: ", a.sizes(), " and ", b.sizes(), " -> ", out.sizes());
+  TORCH_CHECK(self.const_data_ptr() == out.const_data_ptr() && self.strides() == out.strides(),
+              "baddbmm: a result apart from self is not imitated");
+  for (const Tensor& x : {a, b, out})
+    TORCH_CHECK(x.stride(1) == 1 || x.stride(2) == 1, "baddbmm: strides of ", x.strides());
+  for (int64_t g = 0; g < a.size(0); ++g) {
+    check_factors(a[g], b[g], type, out[g]);
+    const auto wide = type == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor product = at::mm(a[g].to(wide), b[g].to(wide));
+    out[g].copy_(beta.equal(0) ? product : product.add(out[g], beta));
+  }
+  ++batched_calls;
+  return out;
 }
 
 // FlashAttention.
@@ -322,6 +342,7 @@ const c10::KernelFunction* gpu_op(const c10::OperatorName& name) {
   static const auto* const kernels = new std::map<std::string, c10::KernelFunction>{
       {"aten::mm.dtype_out", kernel(TORCH_FN(mm_wide))},
       {"aten::addmm.dtype_out", kernel(TORCH_FN(addmm_wide))},
+      {"aten::baddbmm.dtype_out", kernel(TORCH_FN(baddbmm_wide))},
       {"aten::_grouped_mm", kernel(TORCH_FN(grouped_mm))},
       {"aten::_flash_attention_forward", kernel(TORCH_FN(flash_forward))},
       {"aten::_flash_attention_backward", kernel(TORCH_FN(flash_backward))},
@@ -335,5 +356,6 @@ const c10::KernelFunction* gpu_op(const c10::OperatorName& name) {
 
 int64_t calls_with_lengths() { return fake::calls + fake::efficient_calls_with_lengths(); }
 int64_t grouped_products() { return fake::grouped_calls; }
+int64_t batched_products() { return fake::batched_calls; }
 
 }  // namespace capstan::test

@@ -4,6 +4,7 @@
 // the CPU. Legend: R rows, D input features, O output features.
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -50,6 +51,12 @@ class DeviceStore final : public param::ParamStore {
   [[nodiscard]] bool is_written(int index) const { return !slots_.at(index).overwrite; }
   // Values that do not lie side by side.
   void scatter() { scattered_ = true; }
+  // Gradients that may be put off wait for run_deferred().
+  void defer() { is_deferred_ = true; }
+  void run_deferred() {
+    for (size_t i = 0; i < waiting_.size(); ++i) waiting_[i]();
+    waiting_.clear();
+  }
 
   [[nodiscard]] const plan::ParamSpec& spec(int index) const override { return table_.at(index); }
   [[nodiscard]] const plan::LocalParam& local(int) const override { return local_; }
@@ -62,8 +69,11 @@ class DeviceStore final : public param::ParamStore {
   }
   [[nodiscard]] at::ScalarType compute_dtype() const override { return type_; }
   [[nodiscard]] uint64_t version(int) const override { return 0; }
-  void accumulate(int index, const param::AddGradient& add, param::When) override {
-    add(slots_.at(index));
+  void accumulate(int index, const param::AddGradient& add, param::When when) override {
+    if (is_deferred_ && when == param::When::kDeferrable)
+      waiting_.push_back([this, index, add] { add(slots_.at(index)); });
+    else
+      add(slots_.at(index));
   }
   [[nodiscard]] Tensor anchor(int) const override { return anchor_; }
   [[nodiscard]] Tensor joined_value(std::span<const int> indices) const override {
@@ -86,7 +96,8 @@ class DeviceStore final : public param::ParamStore {
   std::vector<plan::Shape> shapes_;
   std::vector<param::GradSlot> slots_;
   plan::LocalParam local_;
-  bool scattered_ = false;
+  std::vector<std::function<void()>> waiting_;
+  bool scattered_ = false, is_deferred_ = false;
 };
 
 struct Results {
@@ -157,6 +168,12 @@ TEST(GpuGrouped, OneProductIsAProductForEachGroup) {
           }
 }
 
+// More than are added at a time.
+TEST(GpuGrouped, ManyEqualGroups) {
+  if (types().empty()) GTEST_SKIP() << "no grouped products on this device";
+  expect_as_in_turn(std::vector<int64_t>(70, 2), 0, at::kBFloat16, 0, false);
+}
+
 // The fp64 sum of products of the same factors, and the sum of their magnitudes.
 struct Exact {
   Tensor sum, magnitude;
@@ -182,9 +199,11 @@ Exact exact_of(const Tensors& grads, const Tensors& xs, const std::vector<int64_
 }
 
 // The largest error of weight gradients over some micro-batches, beside the sum of magnitudes.
-double gradient_error(const std::vector<int64_t>& counts, const RowGroups& groups) {
+double gradient_error(const std::vector<int64_t>& counts, const RowGroups& groups,
+                      bool deferred = false) {
   DeviceStore store({static_cast<int64_t>(counts.size()), 24, 16}, at::kBFloat16,
                     device::run_device());
+  if (deferred) store.defer();
   const auto list = store.projections(0);
   const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   Tensors grads, xs;
@@ -194,6 +213,7 @@ double gradient_error(const std::vector<int64_t>& counts, const RowGroups& group
     const Tensor x = leaf(xs.back().to(device::run_device()));
     run_backward(grouped_linear(x, list, groups), grads.back().to(device::run_device()));
   }
+  store.run_deferred();
   Tensors got;
   for (const Projection& p : list)
     got.push_back(store.gradient(p.parts.front().index()).to(at::kDouble).cpu());
@@ -208,9 +228,35 @@ TEST(GpuGrouped, WeightGradientsOfRowsThatTheHostKnowsAreSummedInFp32) {
   RowGroups groups = with_ends(counts, device::run_device());
   EXPECT_LT(gradient_error(counts, groups), 1e-6);
   const RowGroups equal = equal_groups(4, 64, device::run_device());
-  EXPECT_LT(gradient_error({64, 64, 64, 64}, equal), 1e-6);
+  for (const bool deferred : {false, true})
+    EXPECT_LT(gradient_error({64, 64, 64, 64}, equal, deferred), 1e-6);
   groups.counts.clear();  // one product, whose result is bf16
   EXPECT_GT(gradient_error(counts, groups), 1e-5);
+}
+
+// One product adds to all buffers, or overwrites all of them.
+TEST(GpuGrouped, EqualGroupsMayHaveBuffersThatDiffer) {
+  if (types().empty()) GTEST_SKIP() << "no grouped products on this device";
+  for (const auto type : types()) {
+    DeviceStore store({3, 24, 16}, type, device::run_device());
+    const auto list = store.projections(0);
+    const Tensor x = normal({24, 16}, 1, type), grad = normal({24, 24}, 2, type);
+    const auto pass = [&](std::span<const Projection> some) {
+      const auto groups = static_cast<int64_t>(some.size());
+      const Tensor rows = leaf(x.narrow(0, 0, 8 * groups).to(device::run_device()));
+      run_backward(grouped_linear(rows, some, equal_groups(groups, 8, device::run_device())),
+                   grad.narrow(0, 0, 8 * groups).to(device::run_device()));
+    };
+    pass(std::span(list).first(1));
+    pass(list);
+    for (int64_t g = 0; g < 3; ++g) {
+      const Tensor want = at::mm(grad.narrow(0, 8 * g, 8).to(at::kDouble).t(),
+                                 x.narrow(0, 8 * g, 8).to(at::kDouble));
+      const Tensor got = store.gradient(list[static_cast<size_t>(g)].parts.front().index());
+      EXPECT_LT((got.to(at::kDouble).cpu() - want * (g == 0 ? 2 : 1)).abs().max().item<double>(),
+                1e-5);
+    }
+  }
 }
 
 }  // namespace

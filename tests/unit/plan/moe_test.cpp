@@ -418,6 +418,29 @@ TEST(MoePlan, ExchangesOfACapacityHaveOneSize) {
                        {"ep/all_to_all", s.experts.count * room * s.hidden_size * 2}}));
 }
 
+// A rank with all experts keeps room where that costs next to nothing.
+TEST(MoePlan, OwnExpertsHaveRoomWhereItIsCheap) {
+  const auto room = [](double factor, int64_t rows, int64_t tokens) {
+    return own_expert_room({.count = 8, .per_token = 2, .capacity_factor = factor}, rows, 100,
+                           tokens);
+  };
+  EXPECT_EQ(room(1, 4, 400), 4 * 25);
+  EXPECT_EQ(room(0.5, 4, 400), 4 * 13);  // ceil(12.5)
+  EXPECT_EQ(room(1.06, 4, 400), 0);      // 8 x 4 x 27 for 800 choices
+  EXPECT_EQ(room(1.04, 4, 400), 4 * 26);
+  EXPECT_EQ(room(1, 4, 200), 0);  // half of the tokens of each row
+  EXPECT_EQ(own_expert_room({.count = 8, .per_token = 2}, 4, 100, 400), 0);
+  const auto plan_of = [](const std::string& factor) {
+    return testing::plan_of(resolved_moe({"precision.compute=bf16", "model.experts.count=32",
+                                          "model.experts.capacity_factor=" + factor}),
+                            gpu());
+  };
+  const Plan cheap = plan_of("1.0"), dear = plan_of("1.5");
+  EXPECT_TRUE(knows_expert_rows(cheap));
+  EXPECT_FALSE(knows_expert_rows(dear));
+  EXPECT_LT(cheap.memory.workspace, dear.memory.workspace);  // no product of all gradients
+}
+
 // The weight gradients of all experts at once, instead of one after the other.
 TEST(MoePlan, OneProductForAllExpertsIsCounted) {
   const ModelShape s = qwen_moe();
