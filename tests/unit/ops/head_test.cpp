@@ -9,6 +9,7 @@
 
 #include "capstan/base/error.h"
 #include "capstan/ops/path.h"
+#include "ops/logits_internal.h"
 #include "unit/ops/one_param.h"
 
 namespace capstan::ops {
@@ -81,6 +82,24 @@ TEST(HeadWeightedLoss, DrawnLabels_TakeThePlaceOfTargets) {
     EXPECT_TRUE(drawn.logprob_BT.equal(given.logprob_BT));
     EXPECT_TRUE(drawn.loss.equal(given.loss));
   }
+}
+
+// Rows that are drawn in parts are drawn as each of them alone.
+TEST(DrawLabels, ManyRows_AreThoseOfEachRow) {
+  const int64_t rows = 70, columns = 32768;
+  ASSERT_LT(plan::label_tokens(columns, rows), rows / 2);
+  const Tensor logits = normal({rows, columns}, 5).to(at::kFloat) * 3;
+  const Tensor before = logits.clone();
+  const Tensor uniform = (at::arange(rows, at::kDouble) + 0.5) / rows;
+  const Tensor targets = at::arange(rows, at::kLong);
+  const Tensor labels = draw_labels(logits, targets, uniform, 0, {});
+  EXPECT_TRUE(logits.equal(before));
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto one = [&](const Tensor& x) { return x.narrow(0, row, 1); };
+    EXPECT_TRUE(one(labels).equal(draw_labels(one(logits), one(targets), one(uniform), 0, {})))
+        << row;
+  }
+  EXPECT_GT(labels.ne(targets).sum().item<int64_t>(), rows - 3);
 }
 
 TEST(HeadWeightedLoss, DrawnLabels_FollowTheDistribution) {
