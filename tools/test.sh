@@ -37,7 +37,10 @@ done
 
 build_dir=$(realpath -m "${CAPSTAN_BUILD_DIR:-$root/build/$preset}")
 case "$preset" in
-  asan) export ASAN_OPTIONS=detect_odr_violation=0:detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ;;
+  asan)  # tests ask for more memory than there is, and want an exception for it
+    export ASAN_OPTIONS=detect_odr_violation=0:detect_leaks=0:allocator_may_return_null=1
+    export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    ;;
   tsan) export TSAN_OPTIONS="suppressions=$root/tests/tsan.supp:ignore_noninstrumented_modules=1" ;;
 esac
 cd "$build_dir"
