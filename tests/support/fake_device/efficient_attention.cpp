@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "support/fake_device/memory.h"
+
 namespace capstan::test::fake {
 namespace {
 
@@ -133,6 +135,20 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTe
   return {out, lse_ENR, state, state.clone(), call.longest, k.size(1)};
 }
 
+// Blocks of 64 queries, of 128 for larger heads, by 64 features, each behind a lock, of every
+// sequence as if it were the longest. Before, the product of output and gradient.
+void hold_backward_memory(const Call& call, const Tensor& q) {
+  constexpr int64_t kFloat = 4, kColumns = 64, kLock = 4;
+  const int64_t block = q.size(3) <= 64 ? 64 : 128;
+  const int64_t blocks = (call.longest + block - 1) / block,
+                columns = (q.size(3) + kColumns - 1) / kColumns;
+  const int64_t results = q.numel() * kFloat, delta = q.numel() / q.size(3) * kFloat;
+  const auto sequences = static_cast<int64_t>(call.sequences.size());
+  hold_at_once({results, results, results, results, delta, delta});
+  hold_at_once({results, results, results, delta,
+                sequences * q.size(2) * blocks * columns * (block * kColumns + kLock) * kFloat});
+}
+
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Backward backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                   const MaybeTensor& bias, const Tensor& out, const MaybeTensor& starts_q,
@@ -150,6 +166,7 @@ Backward backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Te
               "efficient attention: a log-sum-exp of ", lse.sizes(), ", strides ", lse.strides());
   const Tensor dq = at::zeros(q.sizes(), q.options()), dk = at::zeros(k.sizes(), k.options()),
                dv = at::zeros(v.sizes(), v.options());
+  hold_backward_memory(call, q);
   for (int64_t e = 0; e < sequences; ++e) {
     const Sequence& s = call.sequences[static_cast<size_t>(e)];
     if (s.queries == 0) continue;

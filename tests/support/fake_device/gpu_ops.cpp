@@ -14,6 +14,7 @@
 
 #include "support/fake_device/efficient_attention.h"
 #include "support/fake_device/fake_device.h"
+#include "support/fake_device/memory.h"
 
 namespace capstan::test {
 namespace fake {
@@ -250,6 +251,29 @@ Tensor checked_lse_NG(const Tensor& lse, const Tensor& q) {
   return is_flat ? lse : lse.transpose(0, 1).reshape({heads, -1});
 }
 
+int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Sums in fp32 have room for whole blocks; with deterministic algorithms there are as many as bring
+// work to all multiprocessors. Grouped heads have gradients of their own.
+void hold_backward_memory(const Tensor& q, const Tensor& k, const Tensor& starts_q) {
+  constexpr int64_t kMultiprocessors = 132, kFloat = 4, kNarrow = 2, kBlock = 128;
+  const int64_t heads = q.size(-2), head = q.size(-1);
+  int64_t sequences = q.size(0), queries = q.size(0) * rounded(q.size(1), kBlock);
+  if (q.dim() == 3) {
+    sequences = starts_q.numel() - 1;
+    queries = q.size(0) + kBlock * sequences;
+  }
+  int64_t sums = 1;
+  if (at::globalContext().deterministicAlgorithms())
+    sums = rounded(kMultiprocessors, sequences * heads) / (sequences * heads);
+  std::vector<int64_t> bytes{
+      q.numel() * kNarrow, k.numel() * kNarrow, k.numel() * kNarrow, queries * heads * kFloat,
+      sums * queries * heads * rounded(head, head <= 128 ? 32 : 64) * kFloat};
+  const int64_t expanded = k.numel() / k.size(-2) * heads * kNarrow;
+  if (k.size(-2) != heads) bytes.insert(bytes.end(), {expanded, expanded});
+  hold_at_once(bytes);
+}
+
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& out, const Tensor& lse, const Tensor& starts_q,
@@ -266,6 +290,7 @@ Backward flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k, co
   const Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
                dv = at::empty(v.sizes(), v.options());
   const Flat into{tokens_GNH(dq), tokens_GNH(dk), tokens_GNH(dv)};
+  hold_backward_memory(q, k, starts_q);
   // Keys without queries get gradients of 0, and queries without keys.
   for (const Sequence& s : flash.sequences)
     if (s.queries + s.keys > 0) sequence_backward(flash, s, in, seen, into);

@@ -12,6 +12,7 @@
 #include <thread>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "support/fake_device/capture.h"
 #include "support/fake_device/fake_device.h"
@@ -266,6 +267,12 @@ c10::Allocator* device_allocator() {
 c10::Allocator* pinned_allocator() {
   static auto* const instance = new PinnedAllocator;
   return instance;
+}
+
+void hold_at_once(const std::vector<int64_t>& bytes) {
+  std::vector<c10::DataPtr> held;
+  for (const int64_t b : bytes)
+    held.push_back(device_allocator()->allocate(static_cast<size_t>(b)));
 }
 
 bool is_device_pointer(const void* pointer) { return memory().contains(pointer); }

@@ -16,6 +16,8 @@ namespace capstan::test::fake {
 
 c10::Allocator* device_allocator();
 c10::Allocator* pinned_allocator();
+// What the library allocates while an op runs, its results included, which follow the op here.
+void hold_at_once(const std::vector<int64_t>& bytes);
 bool is_device_pointer(const void* pointer);
 bool is_pinned(const void* pointer);
 // Of pinned memory in pieces of `smallest` bytes or more, now.
