@@ -289,6 +289,7 @@ void add_labels(TermTable& t, const Widths& w, const ActivationQuery& q, int64_t
   for (const char* name : {"labels, scores", "labels, probabilities added up"})
     t.add(Part::kHeadWorkspace, name, scores, DType::kFp64);
   t.add(Part::kHeadWorkspace, "labels, what lies below", scores, DType::kUint8);
+  t.add(Part::kHeadWorkspace, "labels, what lies below as numbers", scores, DType::kInt64);
   t.phase = 0;
 }
 

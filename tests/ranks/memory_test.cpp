@@ -124,6 +124,7 @@ struct LayoutRecipe {
   std::string model, batch, parallel;
   std::string compute = "fp32", reduction = "auto", keep_fp32 = "[]", optimizer = "";
   int64_t least_mib = 256;  // below, the bar would hide too much
+  int steps = 1;
 };
 
 plan::Plan make_layout_plan(const LayoutRecipe& recipe) {
@@ -180,7 +181,8 @@ TEST_P(PredictedLayoutMemory, OnEveryRank) {
           mesh::Mesh mesh(world, plan.grid);
           engine::Engine engine(plan, mesh, {.initializes = false});
           const auto objective = engine::make_next_token_objective();
-          (void)engine.step(batches, *objective);
+          for (int step = 0; step < GetParam().steps; ++step)
+            (void)engine.step(batches, *objective);
         }
         const plan::MemoryReport m = plan::report_memory(plan, rank);
         const int64_t counted = device::stats(rank).peak_bytes - before,
@@ -213,6 +215,14 @@ const std::string kDeep =
 const std::string kNarrow =
     "vocab_size: 512, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 8, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: false";
+
+// One key head for eight query heads that are wider than the model.
+const std::string kGrouped =
+    "vocab_size: 512, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 6, "
+    "num_attention_heads: 8, num_key_value_heads: 1, head_dim: 32, tie_word_embeddings: false";
+const std::string kVocabulary =
+    "vocab_size: 50000, hidden_size: 128, intermediate_size: 352, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 2";
 
 const std::string kQwen3 = ", qk_norm: true";
 
@@ -346,6 +356,23 @@ INSTANTIATE_TEST_SUITE_P(
         LayoutRecipe{"zero_1_norms_kept_bf16", 2, kWide,
                      "global_samples: 4, micro_samples: 2, sequence_length: 64", "zero: {stage: 1}",
                      "bf16", "fp32", "['*norm*', '*embed_tokens*']"},
+        LayoutRecipe{"grouped_heads_zero_1_accumulated_bf16", 2, kGrouped,
+                     "global_samples: 96, micro_samples: 24, sequence_length: 256",
+                     "zero: {stage: 1}", "bf16", "auto", "[]", "", 96},
+        LayoutRecipe{"grouped_heads_zero_2_block_bf16", 2, kGrouped,
+                     "global_samples: 192, micro_samples: 48, sequence_length: 256",
+                     "zero: {stage: 2}, recompute: {mode: block}", "bf16", "auto", "[]", "", 96},
+        LayoutRecipe{
+            "grouped_heads_zero_3_selective_bf16", 2, kGrouped,
+            "global_samples: 128, micro_samples: 32, sequence_length: 256",
+            "zero: {stage: 3}, recompute: {mode: selective, parts: [attention, mlp, norm]}", "bf16",
+            "auto", "[]", "", 80},
+        LayoutRecipe{"large_vocabulary_bf16", 1, kVocabulary,
+                     "global_samples: 16, micro_samples: 8, sequence_length: 256", "data: 1",
+                     "bf16", "auto", "[]", "", 96},
+        LayoutRecipe{"large_vocabulary_sophia", 1, kVocabulary,
+                     "global_samples: 8, micro_samples: 8, sequence_length: 256", "data: 1", "fp32",
+                     "auto", "[]", ", name: sophia, sophia: {interval: 1}", 96, 2},
         LayoutRecipe{"lion", 2, kWide, "global_samples: 4, micro_samples: 2, sequence_length: 64",
                      "data: 2", "fp32", "auto", "[]", ", name: lion"},
         LayoutRecipe{"moments_bf16", 2, kWide,
