@@ -82,6 +82,17 @@ void blockwise_optimizers(const Flat& flat) {
          median_us([&](Stream s) { api().adamw_blockwise(args, s); }));
   report("sophia_blockwise", text, n * (17 + 1.5 * scale),
          median_us([&](Stream s) { api().sophia_blockwise(args, s); }));
+  const CurvatureArgs estimate{.types = {k32, k32, DType::kUint8},
+                               .tokens = 1e6,
+                               .state = args.state,
+                               .tiles = args.tiles,
+                               .tile_count = args.tile_count,
+                               .gradient = args.gradient_values,
+                               .curvature = second.data(),
+                               .codes = args.codes,
+                               .curvature_scale = args.second_scale};
+  report("sophia_curvature", text + ", moments in blocks", n * (6 + scale),
+         median_us([&](Stream s) { api().sophia_curvature(estimate, s); }));
   args.second = nullptr;
   args.second_scale = nullptr;
   report("lion_blockwise", text, n * (16 + scale),
