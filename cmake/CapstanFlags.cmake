@@ -12,8 +12,8 @@ option(CAPSTAN_WERROR "Treat warnings as errors" OFF)
 if(CAPSTAN_WERROR)
   target_compile_options(capstan_build_flags INTERFACE -Werror)
 endif()
-# Loops over arrays are worth the vectorizer's full effort, except under a sanitizer: there it takes the compiler many times
-# as long, no check sees more, and GCC 12 crashes on some under ThreadSanitizer.
+# Loops over arrays are worth the vectorizer's full effort, except under a sanitizer: there they take minutes to compile, and
+# GCC 12 crashes on some under ThreadSanitizer.
 set(CAPSTAN_LOOPS -O3)
 if(CAPSTAN_SANITIZE)
   set(CAPSTAN_LOOPS -O1)

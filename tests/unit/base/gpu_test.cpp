@@ -23,7 +23,7 @@ TEST(Gpu, CudaVersions_AreSpelledAsUsersKnowThem) {
 }
 
 TEST(Gpu, KernelsAreForAmpereToHopper) {
-  for (const auto [major, runs] :
+  for (const auto& [major, runs] :
        {std::pair{7, false}, {8, true}, {9, true}, {10, false}, {12, false}})
     EXPECT_EQ(has_kernels({.major = major}), runs) << major;
   EXPECT_EQ(capability_text({.name = "NVIDIA T4", .major = 7, .minor = 5}),
