@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: Capstan contributors
 // SPDX-License-Identifier: Apache-2.0
 // Layouts over real processes against the run of one rank: on CPUs over gloo, and several processes
-// on one GPU over NCCL. The ranks are this program again, running the DISABLED_ test below.
+// on one GPU over NCCL. The ranks are this program again, running the DISABLED_ tests below.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
@@ -11,6 +11,7 @@
 
 #include "capstan/base/env.h"
 #include "ranks/equivalence/references.h"
+#include "ranks/equivalence/reshard.h"
 #include "support/gpu_ranks.h"
 #include "support/run_processes.h"
 
@@ -79,16 +80,41 @@ TEST(DISABLED_Rank, ComparesLayouts) {
              is_gpu_rank() ? "a GPU" : "CPUs", worst);
 }
 
-void expect_equal_runs(int ranks, const std::map<std::string, std::string>& variables) {
+// The second layout has as many ranks as the first.
+TEST(DISABLED_Rank, Reshards) {
+  comm::World world = meet_ranks(kTimeout);
+  at::set_num_threads(1);
+  const RankRunner runner = [&](int, const auto& fn) { run_here(world.communicator(), fn); };
+  std::mt19937_64 random(31);
+  References references;
+  int pairs = 0;
+  for (const LayoutCase& first : layouts_of(world.size())) {
+    LayoutCase second = draw_like(random, first, world.size());
+    while (second.ranks() != world.size()) second = draw_like(random, first, world.size());
+    const ReferenceRun& reference = references.of(first);
+    if (!all_agree(world.communicator(), !is_on_edge(reference))) continue;
+    SCOPED_TRACE(fmt::format("{}  ->  {}", first.describe(), second.describe()));
+    const std::string directory = fmt::format("pair-{}", pairs++);
+    load_and_go_on(second, directory, train_and_save(first, directory, runner), reference, runner);
+    if (!all_agree(world.communicator(), !HasFailure())) break;
+  }
+  EXPECT_GT(pairs, 0);
+  world.close();
+}
+
+void expect_on_ranks(const std::string& test, int ranks,
+                     const std::map<std::string, std::string>& variables) {
   ProcessOptions options{.program = "/proc/self/exe", .env = variables, .deadline_s = 400};
   const ProcessResults results = run_processes(
-      ranks, {"--gtest_also_run_disabled_tests", "--gtest_filter=DISABLED_Rank.ComparesLayouts"},
-      options);
+      ranks, {"--gtest_also_run_disabled_tests", "--gtest_filter=DISABLED_Rank." + test}, options);
   EXPECT_TRUE(results.all_succeeded()) << results.text();
   if (!results.ranks.empty()) std::fputs(results.ranks.front().out.c_str(), stdout);
 }
 
-TEST(ProcessLayouts, TwoOverGloo) { expect_equal_runs(2, {{"CAPSTAN_PROCESS_LAYOUTS", "6"}}); }
+const std::map<std::string, std::string> kSomeLayouts = {{"CAPSTAN_PROCESS_LAYOUTS", "6"}};
+
+TEST(ProcessLayouts, TwoOverGloo) { expect_on_ranks("ComparesLayouts", 2, kSomeLayouts); }
+TEST(ProcessLayouts, TwoReshardOverGloo) { expect_on_ranks("Reshards", 2, kSomeLayouts); }
 
 class GpuLayouts : public ::testing::Test {
  protected:
@@ -97,8 +123,13 @@ class GpuLayouts : public ::testing::Test {
   }
 };
 
-TEST_F(GpuLayouts, TwoProcessesOnOneGpu) { expect_equal_runs(2, one_gpu_variables()); }
-TEST_F(GpuLayouts, FourProcessesOnOneGpu) { expect_equal_runs(4, one_gpu_variables()); }
+TEST_F(GpuLayouts, TwoProcessesOnOneGpu) {
+  expect_on_ranks("ComparesLayouts", 2, one_gpu_variables());
+}
+TEST_F(GpuLayouts, FourProcessesOnOneGpu) {
+  expect_on_ranks("ComparesLayouts", 4, one_gpu_variables());
+}
+TEST_F(GpuLayouts, TwoReshardOnOneGpu) { expect_on_ranks("Reshards", 2, one_gpu_variables()); }
 
 }  // namespace
 }  // namespace capstan::test
